@@ -1,0 +1,289 @@
+"""Store: a run as one SQLite file, readable while it grows and after a kill at any moment.
+
+Write-ahead logging with one transaction a sampled step: a step whose `commit` returned survives the death of the process
+(not of the machine: the log is not forced to disk at every step). A scalar row holds all statistics of one site, phase and
+role at one step as little-endian float32 with a checksum, so that a damaged file is refused instead of misread.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from normscope.core.errors import ArgumentError, StoreError
+from normscope.core.record import Block, Channels, Record
+
+FILE_NAME = "record.sqlite"
+SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x6E73636F
+_SCHEMA = """
+CREATE TABLE runs (run TEXT PRIMARY KEY, provenance TEXT);
+CREATE TABLE sites (run TEXT, site TEXT, attributes TEXT, PRIMARY KEY (run, site));
+CREATE TABLE series (id INTEGER PRIMARY KEY, run TEXT, site TEXT, phase TEXT, role TEXT, stats TEXT);
+CREATE TABLE scalars (series INTEGER, step INTEGER, checksum INTEGER, data BLOB, PRIMARY KEY (series, step)) WITHOUT ROWID;
+CREATE TABLE arrays (run TEXT, site TEXT, phase TEXT, role TEXT, stat TEXT, step INTEGER, checksum INTEGER, data BLOB,
+    PRIMARY KEY (run, site, phase, role, stat, step));
+CREATE TABLE steps (run TEXT, step INTEGER, sampled INTEGER, batch_size INTEGER, loss REAL, loss_scale REAL,
+    grad_norm REAL, skipped INTEGER, PRIMARY KEY (run, step));
+CREATE TABLE groups (run TEXT, step INTEGER, optimizer TEXT, "group" INTEGER, lr REAL, momentum REAL, decay REAL,
+    PRIMARY KEY (run, step, optimizer, "group"));
+CREATE TABLE events (run TEXT, step INTEGER, kind TEXT, site TEXT, message TEXT);
+"""
+STEP_COLUMNS = ("run", "step", "sampled", "batch_size", "loss", "loss_scale", "grad_norm", "skipped")
+GROUP_COLUMNS = ("run", "step", "optimizer", "group", "lr", "momentum", "decay")
+EVENT_COLUMNS = ("run", "step", "kind", "site", "message")
+
+
+class Store:
+    """Writes one run; rows wait in memory until `commit`, and wait on if a commit fails.
+
+    Args:
+        path: folder of the run, created if needed; None keeps the record in memory.
+        run: name of the run.
+        provenance: what the run is: versions, seed, device, revision.
+
+    Raises:
+        StoreError: if the folder holds a run already or cannot be written.
+    """
+
+    def __init__(self, path: str | Path | None, run: str, provenance: Mapping[str, object]) -> None:
+        """Create the file and its schema; see the class."""
+        self.run = run
+        self.path = None if path is None else _new_file(Path(path))
+        self._pending: list[tuple[str, tuple[object, ...]]] = []
+        self._series: dict[tuple[str, str, str, tuple[str, ...]], int] = {}
+        try:
+            self._connection = sqlite3.connect(self.path or ":memory:", isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._connection.execute("PRAGMA busy_timeout = 5000")
+            self._connection.executescript(f"BEGIN;{_SCHEMA}COMMIT;")
+            self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            created = {"run": run, "created": time.time(), **provenance}
+            self._add("INSERT INTO runs VALUES (?, ?)", run, json.dumps(created))
+            self.commit()
+        except sqlite3.Error as error:
+            raise StoreError(f"run={str(path)!r} cannot be written ({error}); choose another folder.") from error
+
+    def site(self, site: str, attributes: Mapping[str, object]) -> None:
+        """Add a site, or replace what is known of it."""
+        self._add("INSERT OR REPLACE INTO sites VALUES (?, ?, ?)", self.run, site, json.dumps(attributes))
+
+    def scalars(self, step: int, site: str, phase: str, role: str, values: Mapping[str, float]) -> None:
+        """Add the scalars of one site at one step."""
+        stats = tuple(values)
+        key = (site, phase, role, stats)
+        if key not in self._series:
+            self._series[key] = len(self._series)
+            row = (self._series[key], self.run, site, phase, role, json.dumps(stats))
+            self._add("INSERT INTO series VALUES (?, ?, ?, ?, ?, ?)", *row)
+        data = np.fromiter(values.values(), "<f4", len(stats)).tobytes()
+        row = (self._series[key], step, zlib.crc32(data), data)
+        self._add("INSERT OR REPLACE INTO scalars VALUES (?, ?, ?, ?)", *row)
+
+    def array(self, step: int, site: str, phase: str, role: str, stat: str, values: np.ndarray) -> None:
+        """Add one per-channel array."""
+        data = np.asarray(values, "<f4").tobytes()
+        row = (self.run, site, phase, role, stat, step, zlib.crc32(data), data)
+        self._add("INSERT OR REPLACE INTO arrays VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *row)
+
+    def step(self, row: Mapping[str, object]) -> None:
+        """Add the context of one step: the keys of `STEP_COLUMNS` but the run."""
+        values = (self.run, *(row[name] for name in STEP_COLUMNS[1:]))
+        self._add("INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *values)
+
+    def group(self, row: Mapping[str, object]) -> None:
+        """Add one parameter group of one optimizer at one step: the keys of `GROUP_COLUMNS` but the run."""
+        values = (self.run, *(row[name] for name in GROUP_COLUMNS[1:]))
+        self._add("INSERT OR REPLACE INTO groups VALUES (?, ?, ?, ?, ?, ?, ?)", *values)
+
+    def event(self, step: int, kind: str, site: str, message: str) -> None:
+        """Add something that went wrong or was left out."""
+        self._add("INSERT INTO events VALUES (?, ?, ?, ?, ?)", self.run, step, kind, site, message)
+
+    def commit(self) -> None:
+        """Write the waiting rows in one transaction.
+
+        Raises:
+            StoreError: if they cannot be written; they go on waiting.
+        """
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            for statement, row in self._pending:
+                self._connection.execute(statement, row)
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise StoreError(f"{self.path}: {len(self._pending)} rows wait to be written: {error}") from error
+        self._pending.clear()
+
+    @property
+    def waiting(self) -> int:
+        """Number of rows not yet written."""
+        return len(self._pending)
+
+    def drop_waiting(self) -> None:
+        """Forget the waiting rows, and which series they would have begun."""
+        self._pending.clear()
+        known = {row[0] for row in self._connection.execute("SELECT id FROM series")}
+        self._series = {key: number for key, number in self._series.items() if number in known}
+
+    def record(self) -> Record:
+        """Return what was committed so far."""
+        return _read(self._connection)
+
+    def close(self) -> None:
+        """Fold the log into the file and close it; the file then needs no companion files."""
+        try:
+            if self.path is not None:
+                self._connection.execute("PRAGMA busy_timeout = 200")
+                self._connection.execute("PRAGMA journal_mode = DELETE")
+        except sqlite3.OperationalError:
+            pass  # a reader holds the file: the log stays beside it, nothing is lost
+        finally:
+            self._connection.close()
+
+    def _add(self, statement: str, *row: object) -> None:
+        self._pending.append((statement, row))
+
+
+def load(path: str | Path) -> Record:
+    """Read a finished, running or killed run.
+
+    Args:
+        path: folder of the run, or its `record.sqlite`.
+
+    Returns:
+        The record of every step that was committed.
+
+    Raises:
+        StoreError: if there is no run, if its schema version is unknown, or if the file is damaged.
+    """
+    file = Path(path)
+    file = file / FILE_NAME if file.is_dir() else file
+    if not file.is_file():
+        raise StoreError(f"path={str(path)!r} holds no run: {file} does not exist. Runs are folders with {FILE_NAME}.")
+    try:
+        connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        try:
+            _check(connection, file)
+            connection.execute("BEGIN")
+            return _read(connection)
+        finally:
+            connection.close()
+    except (sqlite3.Error, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise StoreError(f"{file} is damaged or not a normscope record: {error}. Restore it from a copy.") from error
+
+
+def run_exists(path: str | Path) -> bool:
+    """Tell whether a folder holds a run."""
+    return (Path(path) / FILE_NAME).exists()
+
+
+def _new_file(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"run={str(folder)!r} cannot be created ({error}); choose a folder you may write.") from error
+    if run_exists(folder):
+        raise StoreError(
+            f"run={str(folder)!r} holds a run already; choose another folder, or delete it if it is not needed. "
+            f"To read it: normscope.load({str(folder)!r})."
+        )
+    return folder / FILE_NAME
+
+
+def _check(connection: sqlite3.Connection, file: Path) -> None:
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    if application != _APPLICATION_ID:
+        raise StoreError(f"{file} is a database, but not a normscope record.")
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
+        raise StoreError(
+            f"{file} has schema version {version}; this normscope reads {SCHEMA_VERSION}. "
+            "Read it with the version of normscope that wrote it."
+        )
+    damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if damage != "ok":
+        raise StoreError(f"{file} is damaged: {damage}. Restore it from a copy.")
+
+
+def _read(connection: sqlite3.Connection) -> Record:
+    runs = [json.loads(row[0]) for row in connection.execute("SELECT provenance FROM runs")]
+    rows = connection.execute("SELECT run, site, attributes FROM sites ORDER BY rowid").fetchall()
+    sites = pd.DataFrame([{"run": run, "site": site, **json.loads(attributes)} for run, site, attributes in rows])
+    return Record(
+        runs=tuple(runs),
+        sites=sites if rows else pd.DataFrame(columns=["run", "site", "module", "call", "slot"]),
+        context=_context(connection),
+        events=_table(connection, "events", EVENT_COLUMNS),
+        blocks=_blocks(connection),
+        channels=_channels(connection),
+    )
+
+
+def _table(connection: sqlite3.Connection, name: str, columns: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame(connection.execute(f"SELECT * FROM {name} ORDER BY step").fetchall(), columns=list(columns))
+
+
+def _context(connection: sqlite3.Connection) -> pd.DataFrame:
+    steps = _table(connection, "steps", STEP_COLUMNS)
+    for name in ("sampled", "skipped"):
+        steps[name] = steps[name].astype(bool)
+    for name in ("batch_size", "loss", "loss_scale", "grad_norm"):
+        steps[name] = steps[name].astype(float)
+    groups = _table(connection, "groups", GROUP_COLUMNS)
+    return steps.merge(groups, how="left", on=["run", "step"])
+
+
+def _blocks(connection: sqlite3.Connection) -> tuple[Block, ...]:
+    blocks = []
+    for number, run, site, phase, role, stats in connection.execute("SELECT * FROM series ORDER BY id").fetchall():
+        query = "SELECT step, checksum, data FROM scalars WHERE series = ? ORDER BY step"
+        rows = connection.execute(query, (number,)).fetchall()
+        names = tuple(json.loads(stats))
+        values = np.frombuffer(_verified((row[1], row[2]) for row in rows), "<f4").reshape(-1, len(names))
+        blocks.append(Block(run, site, phase, role, names, np.array([row[0] for row in rows], np.int64), values))
+    return tuple(blocks)
+
+
+def _channels(connection: sqlite3.Connection) -> tuple[Channels, ...]:
+    parts: dict[tuple[str, str, str, str, str], list[tuple[int, np.ndarray]]] = {}
+    for *key, step, checksum, data in connection.execute("SELECT * FROM arrays ORDER BY step"):
+        array = np.frombuffer(_verified([(checksum, data)]), "<f4")
+        parts.setdefault(tuple(key), []).append((step, array))
+    return tuple(
+        Channels(*key, np.array([step for step, _ in rows], np.int64), tuple(array for _, array in rows))
+        for key, rows in parts.items()
+    )
+
+
+def _verified(rows: Iterable[tuple[int, bytes]]) -> bytes:
+    parts = []
+    for checksum, data in rows:
+        if zlib.crc32(data) != checksum:
+            raise StoreError("a row does not match its checksum: the file is damaged. Restore it from a copy.")
+        parts.append(data)
+    return b"".join(parts)
+
+
+def check_run(run: object) -> None:
+    """Refuse a run that is not a path.
+
+    Args:
+        run: the argument of `attach`.
+
+    Raises:
+        ArgumentError: if it is neither None, a string nor a path, or empty.
+    """
+    if run is not None and (not isinstance(run, (str, Path)) or not str(run)):
+        raise ArgumentError(f"run={run!r} must be a folder for the record, as 'runs/a', or None to keep it in memory.")
