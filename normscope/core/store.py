@@ -2,17 +2,22 @@
 
 Write-ahead logging with one transaction a sampled step: a step whose `commit` returned survives the death of the process
 (not of the machine: the log is not forced to disk at every step). A scalar row holds all statistics of one site, phase and
-role at one step as little-endian float32 with a checksum, so that a damaged file is refused instead of misread.
+role at one step as little-endian float32. Every row ends in a checksum over its keys and values, and tables are read whole
+instead of looked up, so that a damaged file is refused instead of misread.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
+import struct
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,17 +29,17 @@ FILE_NAME = "record.sqlite"
 SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x6E73636F
 _SCHEMA = """
-CREATE TABLE runs (run TEXT PRIMARY KEY, provenance TEXT);
-CREATE TABLE sites (run TEXT, site TEXT, attributes TEXT, PRIMARY KEY (run, site));
-CREATE TABLE series (id INTEGER PRIMARY KEY, run TEXT, site TEXT, phase TEXT, role TEXT, stats TEXT);
-CREATE TABLE scalars (series INTEGER, step INTEGER, checksum INTEGER, data BLOB, PRIMARY KEY (series, step)) WITHOUT ROWID;
-CREATE TABLE arrays (run TEXT, site TEXT, phase TEXT, role TEXT, stat TEXT, step INTEGER, checksum INTEGER, data BLOB,
+CREATE TABLE runs (run TEXT PRIMARY KEY, provenance TEXT, checksum INTEGER);
+CREATE TABLE sites (run TEXT, site TEXT, attributes TEXT, checksum INTEGER, PRIMARY KEY (run, site));
+CREATE TABLE series (id INTEGER PRIMARY KEY, run TEXT, site TEXT, phase TEXT, role TEXT, stats TEXT, checksum INTEGER);
+CREATE TABLE scalars (series INTEGER, step INTEGER, data BLOB, checksum INTEGER, PRIMARY KEY (series, step)) WITHOUT ROWID;
+CREATE TABLE arrays (run TEXT, site TEXT, phase TEXT, role TEXT, stat TEXT, step INTEGER, data BLOB, checksum INTEGER,
     PRIMARY KEY (run, site, phase, role, stat, step));
 CREATE TABLE steps (run TEXT, step INTEGER, sampled INTEGER, batch_size INTEGER, loss REAL, loss_scale REAL,
-    grad_norm REAL, skipped INTEGER, PRIMARY KEY (run, step));
+    grad_norm REAL, skipped INTEGER, checksum INTEGER, PRIMARY KEY (run, step));
 CREATE TABLE groups (run TEXT, step INTEGER, optimizer TEXT, "group" INTEGER, lr REAL, momentum REAL, decay REAL,
-    PRIMARY KEY (run, step, optimizer, "group"));
-CREATE TABLE events (run TEXT, step INTEGER, kind TEXT, site TEXT, message TEXT);
+    checksum INTEGER, PRIMARY KEY (run, step, optimizer, "group"));
+CREATE TABLE events (run TEXT, step INTEGER, kind TEXT, site TEXT, message TEXT, checksum INTEGER);
 """
 STEP_COLUMNS = ("run", "step", "sampled", "batch_size", "loss", "loss_scale", "grad_norm", "skipped")
 GROUP_COLUMNS = ("run", "step", "optimizer", "group", "lr", "momentum", "decay")
@@ -64,50 +69,44 @@ class Store:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
             self._connection.execute("PRAGMA busy_timeout = 5000")
-            self._connection.executescript(f"BEGIN;{_SCHEMA}COMMIT;")
-            self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            marks = f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
+            self._connection.executescript(f"BEGIN;{_SCHEMA}{marks}COMMIT;")
             created = {"run": run, "created": time.time(), **provenance}
-            self._add("INSERT INTO runs VALUES (?, ?)", run, json.dumps(created))
+            self._add("runs", run, json.dumps(created))
             self.commit()
         except sqlite3.Error as error:
             raise StoreError(f"run={str(path)!r} cannot be written ({error}); choose another folder.") from error
 
     def site(self, site: str, attributes: Mapping[str, object]) -> None:
         """Add a site, or replace what is known of it."""
-        self._add("INSERT OR REPLACE INTO sites VALUES (?, ?, ?)", self.run, site, json.dumps(attributes))
+        self._add("sites", self.run, site, json.dumps(attributes))
 
-    def scalars(self, step: int, site: str, phase: str, role: str, values: Mapping[str, float]) -> None:
-        """Add the scalars of one site at one step."""
-        stats = tuple(values)
+    def scalars(
+        self, step: int, site: str, phase: str, role: str, stats: tuple[str, ...], values: np.ndarray
+    ) -> None:
+        """Add the scalars of one site at one step: their names and their values."""
         key = (site, phase, role, stats)
         if key not in self._series:
             self._series[key] = len(self._series)
             row = (self._series[key], self.run, site, phase, role, json.dumps(stats))
-            self._add("INSERT INTO series VALUES (?, ?, ?, ?, ?, ?)", *row)
-        data = np.fromiter(values.values(), "<f4", len(stats)).tobytes()
-        row = (self._series[key], step, zlib.crc32(data), data)
-        self._add("INSERT OR REPLACE INTO scalars VALUES (?, ?, ?, ?)", *row)
+            self._add("series", *row)
+        self._add("scalars", self._series[key], step, np.asarray(values, "<f4").tobytes())
 
     def array(self, step: int, site: str, phase: str, role: str, stat: str, values: np.ndarray) -> None:
         """Add one per-channel array."""
-        data = np.asarray(values, "<f4").tobytes()
-        row = (self.run, site, phase, role, stat, step, zlib.crc32(data), data)
-        self._add("INSERT OR REPLACE INTO arrays VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *row)
+        self._add("arrays", self.run, site, phase, role, stat, step, np.asarray(values, "<f4").tobytes())
 
     def step(self, row: Mapping[str, object]) -> None:
         """Add the context of one step: the keys of `STEP_COLUMNS` but the run."""
-        values = (self.run, *(row[name] for name in STEP_COLUMNS[1:]))
-        self._add("INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *values)
+        self._add("steps", self.run, *(row[name] for name in STEP_COLUMNS[1:]))
 
     def group(self, row: Mapping[str, object]) -> None:
         """Add one parameter group of one optimizer at one step: the keys of `GROUP_COLUMNS` but the run."""
-        values = (self.run, *(row[name] for name in GROUP_COLUMNS[1:]))
-        self._add("INSERT OR REPLACE INTO groups VALUES (?, ?, ?, ?, ?, ?, ?)", *values)
+        self._add("groups", self.run, *(row[name] for name in GROUP_COLUMNS[1:]))
 
     def event(self, step: int, kind: str, site: str, message: str) -> None:
         """Add something that went wrong or was left out."""
-        self._add("INSERT INTO events VALUES (?, ?, ?, ?, ?)", self.run, step, kind, site, message)
+        self._add("events", self.run, step, kind, site, message)
 
     def commit(self) -> None:
         """Write the waiting rows in one transaction.
@@ -117,8 +116,10 @@ class Store:
         """
         try:
             self._connection.execute("BEGIN IMMEDIATE")
-            for statement, row in self._pending:
-                self._connection.execute(statement, row)
+            for table, group in groupby(self._pending, key=itemgetter(0)):
+                rows = [row for _, row in group]
+                places = ", ".join("?" * len(rows[0]))
+                self._connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", rows)
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
             if self._connection.in_transaction:
@@ -152,8 +153,8 @@ class Store:
         finally:
             self._connection.close()
 
-    def _add(self, statement: str, *row: object) -> None:
-        self._pending.append((statement, row))
+    def _add(self, table: str, *row: object) -> None:
+        self._pending.append((table, (*row, _checksum(row))))
 
 
 def load(path: str | Path) -> Record:
@@ -180,7 +181,7 @@ def load(path: str | Path) -> Record:
             return _read(connection)
         finally:
             connection.close()
-    except (sqlite3.Error, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (sqlite3.Error, ValueError, TypeError, LookupError, OverflowError) as error:  # whatever damage brings about
         raise StoreError(f"{file} is damaged or not a normscope record: {error}. Restore it from a copy.") from error
 
 
@@ -218,12 +219,13 @@ def _check(connection: sqlite3.Connection, file: Path) -> None:
 
 
 def _read(connection: sqlite3.Connection) -> Record:
-    runs = [json.loads(row[0]) for row in connection.execute("SELECT provenance FROM runs")]
-    rows = connection.execute("SELECT run, site, attributes FROM sites ORDER BY rowid").fetchall()
-    sites = pd.DataFrame([{"run": run, "site": site, **json.loads(attributes)} for run, site, attributes in rows])
+    runs = [json.loads(provenance) for _, provenance in _rows(connection, "runs", "rowid")]
+    if not runs:
+        raise StoreError("the file holds no run: it is damaged. Restore it from a copy.")
+    known = [{"run": run, "site": site, **json.loads(text)} for run, site, text in _rows(connection, "sites", "rowid")]
     return Record(
         runs=tuple(runs),
-        sites=sites if rows else pd.DataFrame(columns=["run", "site", "module", "call", "slot"]),
+        sites=pd.DataFrame(known) if known else pd.DataFrame(columns=["run", "site", "module", "call", "slot"]),
         context=_context(connection),
         events=_table(connection, "events", EVENT_COLUMNS),
         blocks=_blocks(connection),
@@ -232,7 +234,7 @@ def _read(connection: sqlite3.Connection) -> Record:
 
 
 def _table(connection: sqlite3.Connection, name: str, columns: Sequence[str]) -> pd.DataFrame:
-    return pd.DataFrame(connection.execute(f"SELECT * FROM {name} ORDER BY step").fetchall(), columns=list(columns))
+    return pd.DataFrame(list(_rows(connection, name, "step")), columns=list(columns))
 
 
 def _context(connection: sqlite3.Connection) -> pd.DataFrame:
@@ -246,34 +248,48 @@ def _context(connection: sqlite3.Connection) -> pd.DataFrame:
 
 
 def _blocks(connection: sqlite3.Connection) -> tuple[Block, ...]:
+    series = {number: row for number, *row in _rows(connection, "series", "id")}
     blocks = []
-    for number, run, site, phase, role, stats in connection.execute("SELECT * FROM series ORDER BY id").fetchall():
-        query = "SELECT step, checksum, data FROM scalars WHERE series = ? ORDER BY step"
-        rows = connection.execute(query, (number,)).fetchall()
-        names = tuple(json.loads(stats))
-        values = np.frombuffer(_verified((row[1], row[2]) for row in rows), "<f4").reshape(-1, len(names))
-        blocks.append(Block(run, site, phase, role, names, np.array([row[0] for row in rows], np.int64), values))
+    for number, group in groupby(_rows(connection, "scalars", "series, step"), key=itemgetter(0)):
+        run, site, phase, role, stats = series[number]
+        rows, names = list(group), tuple(json.loads(stats))
+        values = np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(-1, len(names))
+        blocks.append(Block(run, site, phase, role, names, np.array([row[1] for row in rows], np.int64), values))
     return tuple(blocks)
 
 
 def _channels(connection: sqlite3.Connection) -> tuple[Channels, ...]:
     parts: dict[tuple[str, str, str, str, str], list[tuple[int, np.ndarray]]] = {}
-    for *key, step, checksum, data in connection.execute("SELECT * FROM arrays ORDER BY step"):
-        array = np.frombuffer(_verified([(checksum, data)]), "<f4")
-        parts.setdefault(tuple(key), []).append((step, array))
+    for *key, step, data in _rows(connection, "arrays", "step"):
+        parts.setdefault(tuple(key), []).append((step, np.frombuffer(data, "<f4")))
     return tuple(
         Channels(*key, np.array([step for step, _ in rows], np.int64), tuple(array for _, array in rows))
         for key, rows in parts.items()
     )
 
 
-def _verified(rows: Iterable[tuple[int, bytes]]) -> bytes:
-    parts = []
-    for checksum, data in rows:
-        if zlib.crc32(data) != checksum:
-            raise StoreError("a row does not match its checksum: the file is damaged. Restore it from a copy.")
-        parts.append(data)
-    return b"".join(parts)
+def _rows(connection: sqlite3.Connection, table: str, order: str) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a table without their checksums, which are verified."""
+    for *row, checksum in connection.execute(f"SELECT * FROM {table} ORDER BY {order}"):
+        if _checksum(row) != checksum:
+            raise StoreError(f"a row of {table!r} does not match its checksum: the file is damaged. Restore it from a copy.")
+        yield tuple(row)
+
+
+def _checksum(row: Sequence[object]) -> int:
+    """Return the checksum of a row that is the same before and after SQLite: numbers as float64, NaN as NULL."""
+    return zlib.crc32(b"".join(map(_canonical, row)))
+
+
+def _canonical(value: object) -> bytes:
+    if isinstance(value, bytes):
+        return b"b%d:" % len(value) + value
+    if isinstance(value, str):
+        text = value.encode("utf-8", "surrogatepass")
+        return b"s%d:" % len(text) + text
+    if value is None or value != value:
+        return b"n"
+    return b"f" + struct.pack("<d", value)
 
 
 def check_run(run: object) -> None:

@@ -1,0 +1,59 @@
+"""normscope: see what normalization does inside a network. The public names, resolved when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from normscope.core.errors import ArgumentError, NormscopeError, StoreError
+    from normscope.core.finding import Finding, Verdict
+    from normscope.core.record import Record
+    from normscope.core.store import load
+    from normscope.diagnostics import diagnose
+    from normscope.probes.problem import Problem
+    from normscope.report import write_report
+    from normscope.scope.attach import Scope, attach
+
+_NAMES = {
+    "ArgumentError": "normscope.core.errors",
+    "Finding": "normscope.core.finding",
+    "NormscopeError": "normscope.core.errors",
+    "Problem": "normscope.probes.problem",
+    "Record": "normscope.core.record",
+    "Scope": "normscope.scope.attach",
+    "StoreError": "normscope.core.errors",
+    "Verdict": "normscope.core.finding",
+    "attach": "normscope.scope.attach",
+    "diagnose": "normscope.diagnostics",
+    "load": "normscope.core.store",
+    "write_report": "normscope.report",
+}
+
+__all__ = [
+    "ArgumentError",
+    "Finding",
+    "NormscopeError",
+    "Problem",
+    "Record",
+    "Scope",
+    "StoreError",
+    "Verdict",
+    "attach",
+    "diagnose",
+    "load",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used, so that `--help` imports neither torch nor numpy."""
+    if name not in _NAMES:
+        raise AttributeError(f"module 'normscope' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NAMES})

@@ -1,0 +1,92 @@
+"""normscope demo: a small network on real data, attached, and the page that explains its run."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from normscope import workbench
+from normscope.core.store import run_exists
+from normscope.probes.problem import Problem
+from normscope.report.table import findings_table
+from normscope.scope.attach import attach
+
+BATCH = {"cnn": 64, "transformer": 16}
+HELD = {"cnn": 256, "transformer": 32}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument(
+        "--model",
+        choices=tuple(BATCH),
+        default="cnn",
+        help="cnn: residual, BatchNorm, 5000 real MNIST digits; transformer: LayerNorm, characters of English text (default: cnn)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
+    parser.add_argument("--steps", type=_positive, default=300, help="training steps (default: 300)")
+    parser.add_argument("--out", type=Path, help="folder of the run, new (default: runs/demo-MODEL, then -2, -3, ...)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, attached; print the findings and where the run and its page are."""
+    out = arguments.out or _free(Path("runs") / f"demo-{arguments.model}")
+    torch.manual_seed(arguments.seed)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    model, optimizer, batches, held = _SETUPS[arguments.model](generator)
+    problem = Problem(model, workbench.cross_entropy, [held])
+    with attach(model, optimizer, run=out, problem=problem) as scope:
+        workbench.fit(
+            model,
+            optimizer,
+            batches,
+            workbench.cross_entropy,
+            steps=arguments.steps,
+            on_step=lambda step, loss: scope.step(loss=loss),
+        )
+    print(findings_table(scope.findings(), shutil.get_terminal_size().columns))
+    page = scope.report()
+    print(f"\nrun     {out}\nreport  {page}")
+    return 0
+
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+Setup = tuple[nn.Module, torch.optim.Optimizer, Batches, tuple[torch.Tensor, torch.Tensor]]
+
+
+def _cnn(generator: torch.Generator) -> Setup:
+    images, labels = workbench.mnist()
+    train, test = workbench.split(images, labels, seed=0)
+    model = workbench.residual_cnn()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    held = (test[0][: HELD["cnn"]], test[1][: HELD["cnn"]])
+    return model, optimizer, workbench.batches(*train, BATCH["cnn"], generator), held
+
+
+def _transformer(generator: torch.Generator) -> Setup:
+    tokens, vocabulary = workbench.text()
+    cut = len(tokens) * 9 // 10
+    model = workbench.transformer(len(vocabulary))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    held = next(workbench.windows(tokens[cut:], HELD["transformer"], 64, torch.Generator().manual_seed(1)))
+    return model, optimizer, workbench.windows(tokens[:cut], BATCH["transformer"], 64, generator), held
+
+
+_SETUPS = {"cnn": _cnn, "transformer": _transformer}
+
+
+def _free(folder: Path) -> Path:
+    candidates = (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in range(1, 10_000))
+    return next(candidate for candidate in candidates if not run_exists(candidate))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number

@@ -1,0 +1,127 @@
+"""One bibliography: a short key or an id of the survey's catalog resolves to a source."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from normscope.core.errors import unknown_name
+from normscope.core.survey import works
+
+
+@dataclass(frozen=True)
+class Source:
+    """A work that a number, a threshold or a method comes from.
+
+    Attributes:
+        key: the catalog's id where the work is in the catalog, else a short key as "glorot2010".
+        title: title of the work.
+        year: year of publication.
+        url: address of the paper, "" where the catalog has none.
+    """
+
+    key: str
+    title: str
+    year: int
+    url: str
+
+    def __str__(self) -> str:
+        """Write title, year and address."""
+        return f"{self.title} ({self.year})" + (f", {self.url}" if self.url else "")
+
+
+# short keys of works that the catalog holds; one listed twice there stands for the first of its entries
+ALIASES: dict[str, str] = {
+    "ioffe2015": "S007",
+    "summers2020": "S015",
+    "ioffe2017": "S065",
+    "wu2021": "S079",
+    "yang2019": "S139",
+    "nado2020": "S152",
+    "li2016": "S155",
+    "schneider2020": "S167",
+}
+
+_ARXIV = "https://arxiv.org/abs/"
+
+FURTHER: tuple[Source, ...] = (
+    Source(
+        "glorot2010",
+        "Understanding the difficulty of training deep feedforward neural networks",
+        2010,
+        "https://proceedings.mlr.press/v9/glorot10a.html",
+    ),
+    Source(
+        "saxe2014",
+        "Exact solutions to the nonlinear dynamics of learning in deep linear neural networks",
+        2014,
+        f"{_ARXIV}1312.6120",
+    ),
+    Source(
+        "he2015delving",
+        "Delving Deep into Rectifiers: Surpassing Human-Level Performance on ImageNet Classification",
+        2015,
+        f"{_ARXIV}1502.01852",
+    ),
+    Source("chen2016", "Training Deep Nets with Sublinear Memory Cost", 2016, f"{_ARXIV}1604.06174"),
+    Source("schoenholz2017", "Deep Information Propagation", 2017, f"{_ARXIV}1611.01232"),
+    Source(
+        "hanin2018", "How to Start Training: The Effect of Initialization and Architecture", 2018, f"{_ARXIV}1803.01719"
+    ),
+    Source("micikevicius2018", "Mixed Precision Training", 2018, f"{_ARXIV}1710.03740"),
+    Source("lu2019", "Dying ReLU and Initialization: Theory and Numerical Examples", 2019, f"{_ARXIV}1903.06733"),
+    Source("luther2019", "Sample Variance Decay in Randomly Initialized ReLU Networks", 2019, f"{_ARXIV}1902.04942"),
+    Source(
+        "huang2020",
+        "Normalization Techniques in Training DNNs: Methodology, Analysis and Application",
+        2020,
+        f"{_ARXIV}2009.12836",
+    ),
+    Source(
+        "dettmers2022", "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022, f"{_ARXIV}2208.07339"
+    ),
+    Source(
+        "kosson2023",
+        "Rotational Equilibrium: How Weight Decay Balances Learning Across Neural Networks",
+        2023,
+        f"{_ARXIV}2305.17212",
+    ),
+    Source(
+        "wortsman2023",
+        "Small-scale proxies for large-scale Transformer training instabilities",
+        2023,
+        f"{_ARXIV}2309.14322",
+    ),
+    Source("sun2024", "Massive Activations in Large Language Models", 2024, f"{_ARXIV}2402.17762"),
+)
+
+
+@functools.cache
+def _bibliography() -> dict[str, Source]:
+    """Map every key to its source: the short keys first, then the catalog's ids."""
+    surveyed = {work.id: Source(work.id, work.title, work.year, work.paper) for work in works()}
+    short = {source.key: source for source in FURTHER} | {key: surveyed[work] for key, work in ALIASES.items()}
+    return dict(sorted(short.items())) | surveyed
+
+
+def cite(key: str) -> Source:
+    """Resolve a key of the bibliography; an unknown one is an ArgumentError that offers the closest.
+
+    Args:
+        key: a short key as "ioffe2015", or an id of the survey's catalog as "S007".
+
+    Returns:
+        The source; a short key of a work in the catalog gives the same source as the catalog's id.
+
+    >>> print(cite("ioffe2017"))  # doctest: +ELLIPSIS
+    Batch Renormalization: ... (2017), https://arxiv.org/abs/1702.03275
+    >>> cite("ioffe2017") is cite("S065")
+    True
+    """
+    _check(key)
+    return _bibliography()[key]
+
+
+def _check(key: str) -> None:
+    if key not in _bibliography():
+        raise unknown_name("key", key, _bibliography(), "An id of the survey's catalog, S000 to S244, works as well.")

@@ -1,0 +1,80 @@
+"""Diagnostics: Record -> Finding, a plain function each; `DIAGNOSTICS` lists them all. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from normscope.core.finding import Finding, Verdict, worst_first
+from normscope.core.record import Record
+from normscope.diagnostics import mismatch, propagation, run
+from normscope.metrics import tables
+
+Diagnostic = Callable[[Record], list[Finding]]
+
+# each takes the record of one run; the id of its findings is "<module>.<function>", with hyphens
+DIAGNOSTICS: tuple[Diagnostic, ...] = (
+    run.no_data,
+    run.probe_failed,
+    run.unmeasured,
+    run.skipped_steps,
+    run.no_normalization,
+    propagation.signal_exploding,
+    propagation.signal_vanishing,
+    propagation.gradient_exploding,
+    propagation.gradient_vanishing,
+    propagation.dead_units,
+    propagation.saturated_units,
+    propagation.non_finite,
+    propagation.outlier_channels,
+    propagation.eps_dominates,
+    mismatch.running_statistics,
+    mismatch.train_eval_gap,
+    mismatch.never_updated,
+    mismatch.momentum,
+    mismatch.updated_twice,
+    mismatch.evaluation_mode,
+    mismatch.tiny_variance,
+)
+
+
+def diagnose(record: Record) -> list[Finding]:
+    """Judge a record by every diagnostic, each run by itself.
+
+    Args:
+        record: record of one or several runs.
+
+    Returns:
+        Findings, worst first: one or none of each diagnostic a run. One that raised is an undecided finding.
+    """
+    found = []
+    for single in tables.split(record):
+        name = single.names[0] if single.names else ""
+        for diagnostic in DIAGNOSTICS:
+            found += [replace(finding, run=name) for finding in _judge(diagnostic, single)]
+    return worst_first(found)
+
+
+def id_of(diagnostic: Diagnostic) -> str:
+    """Return the id of a diagnostic's findings.
+
+    >>> id_of(propagation.dead_units)
+    'propagation.dead-units'
+    """
+    return f"{diagnostic.__module__.rpartition('.')[2]}.{diagnostic.__name__.replace('_', '-')}"
+
+
+def _judge(diagnostic: Diagnostic, record: Record) -> list[Finding]:
+    try:
+        return diagnostic(record)
+    except Exception as error:  # one broken diagnostic must not hide the others
+        return [
+            Finding(
+                id=id_of(diagnostic),
+                verdict=Verdict.UNDECIDED,
+                message=f"This diagnostic failed on this record: {type(error).__name__}: {error}",
+                cause="A bug in normscope, or a record that it did not expect.",
+                remedy="Please report it with the record; the other findings stand.",
+                source="huang2020",
+            )
+        ]

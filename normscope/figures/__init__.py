@@ -1,0 +1,40 @@
+"""Figures: pictures of a record, prepared without matplotlib and drawn by `normscope.figures.draw` or the report."""
+
+from __future__ import annotations
+
+from normscope.core.figure import Figure
+from normscope.figures import mismatch, propagation, run
+
+FIGURES: tuple[Figure, ...] = (
+    propagation.SIGNAL,
+    propagation.DIFFERENCES,
+    propagation.GRADIENT,
+    propagation.NON_FINITE,
+    propagation.DEAD,
+    propagation.SATURATED,
+    propagation.OUTLIERS,
+    propagation.EPS_WEIGHT,
+    mismatch.DRIFT,
+    mismatch.LOSSES,
+    mismatch.UPDATES,
+    mismatch.LAG,
+    mismatch.VARIANCES,
+    run.LOSS,
+    run.GRADIENT_NORM,
+    run.LEARNING_RATE,
+)
+
+
+def figure_for(finding_id: str) -> Figure | None:
+    """Return the picture of a finding, None where it has none.
+
+    Args:
+        finding_id: "subject.name".
+
+    Returns:
+        The figure.
+
+    >>> figure_for("propagation.dead-units").title
+    'Dead channels of the worst layers'
+    """
+    return next((figure for figure in FIGURES if finding_id in figure.explains), None)

@@ -1,0 +1,63 @@
+"""Drawing: a prepared frame on matplotlib axes. The only file that knows matplotlib."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from normscope.core.figure import Figure
+from normscope.figures.palette import CURVES, REFERENCE, RULE
+
+
+def draw(figure: Figure, frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw what `figure.prepare` returned.
+
+    Args:
+        figure: the figure.
+        frame: its prepared frame.
+        ax: where to draw; new axes of a figure of their own by default, to be saved by `ax.figure.savefig(path)`.
+
+    Returns:
+        The axes; without artists where the frame has no rows.
+    """
+    if ax is None:
+        ax = Canvas(figsize=(6.4, 3.6), layout="constrained").subplots()
+    x, y, curve = figure.columns[:3]
+    handles: dict[str, Artist] = {}
+    measured = 0
+    for name, part in frame.groupby(curve, sort=False):
+        points = part[x].to_numpy(float), part[y].to_numpy(float)
+        if name in figure.rules:
+            across = ax.get_xaxis_transform()
+            handles[str(name)] = ax.vlines(
+                points[0], 0, 1, colors=RULE, linestyles="-" if name == figure.rules[0] else ":", transform=across
+            )
+        elif name in figure.references:
+            (handles[str(name)],) = ax.plot(*points, color=REFERENCE, linestyle="--", linewidth=1.2)
+        else:
+            dots = figure.mark == "point" or np.isfinite(points[1]).sum() == 1
+            color = CURVES[measured % len(CURVES)]
+            (handles[str(name)],) = ax.plot(*points, "o" if dots else "-", color=color, linewidth=1.6, markersize=3)
+            measured += 1
+    _dress(ax, figure, handles)
+    return ax
+
+
+def _dress(ax: Axes, figure: Figure, handles: dict[str, Artist]) -> None:
+    """Label axes and curves; names are not markup, and one that begins with an underscore is shown like any other."""
+    ax.set_title(figure.title, fontsize="medium", loc="left")
+    ax.set_xlabel(figure.x_label)
+    ax.set_ylabel(figure.y_label)
+    if figure.log_y:
+        ax.set_yscale("log", nonpositive="mask")
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    if handles:
+        numbers = [str(i) for i in range(len(handles))]
+        legend = ax.legend(list(handles.values()), numbers, fontsize="small", frameon=False)
+        for text, name in zip(legend.get_texts(), handles, strict=True):
+            text.set_text(name)
+            text.set_parse_math(False)

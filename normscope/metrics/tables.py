@@ -1,0 +1,250 @@
+"""Tables: the record of one run arranged for a metric, whatever is missing in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import numpy as np
+import pandas as pd
+
+from normscope.core.estimate import Status
+from normscope.core.record import Record
+
+_ATTRIBUTES = (
+    "module",
+    "call",
+    "slot",
+    "class",
+    "shape",
+    "channels",
+    "order",
+    "predecessor",
+    "activation",
+    "norm",
+    "eps",
+    "momentum",
+    "has_running",
+    "note",
+)
+_CONTEXT = ("step", "sampled", "batch_size", "loss", "loss_scale", "grad_norm", "skipped", "lr")
+LATE_FRACTION = 4  # the late window of a run is its last quarter
+
+
+def split(record: Record) -> list[Record]:
+    """Split a record into one record a run; a record without a run stays as it is.
+
+    Args:
+        record: any record.
+
+    Returns:
+        One record a run, in the order of `record.runs`.
+    """
+    if len(record.runs) < 2:
+        return [record]
+    return [
+        replace(
+            record,
+            runs=(run,),
+            sites=record.sites[record.sites["run"] == name] if "run" in record.sites else record.sites,
+            context=record.context[record.context["run"] == name] if "run" in record.context else record.context,
+            events=record.events[record.events["run"] == name] if "run" in record.events else record.events,
+            blocks=tuple(block for block in record.blocks if block.run == name),
+            channels=tuple(item for item in record.channels if item.run == name),
+        )
+        for run, name in zip(record.runs, record.names, strict=True)
+    ]
+
+
+def attributes(record: Record) -> pd.DataFrame:
+    """Return what is known of the sites, indexed by site, in order of execution.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        The columns module, call, slot, class, shape, channels, order, predecessor, activation, norm, eps, momentum,
+        has_running and note; NaN where the record says nothing.
+    """
+    frame = record.sites.reindex(columns=["site", *_ATTRIBUTES])
+    frame = frame.drop_duplicates("site", keep="last").set_index("site")
+    frame["module"] = [module_of(str(site)) for site in frame.index]
+    frame["slot"] = [str(site).rpartition("/")[2] for site in frame.index]
+    frame["call"] = pd.to_numeric(frame["call"], errors="coerce").fillna(0)
+    frame["order"] = pd.to_numeric(frame["order"], errors="coerce").astype(float)
+    return frame.sort_values("order", kind="stable", na_position="last")
+
+
+def layers(record: Record) -> pd.DataFrame:
+    """Return what is known of the modules, indexed by module: the first value that any of its sites has.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        The columns class, norm, eps, momentum, has_running, order, channels, and calls, how often the module runs in
+        one forward pass.
+    """
+    known = attributes(record)
+    columns = ["class", "norm", "eps", "momentum", "has_running", "order", "channels"]
+    grouped = known.groupby("module", sort=False)
+    return grouped[columns].first().assign(calls=grouped["call"].max() + 1)
+
+
+def table(
+    record: Record, stat: str, *, slot: str = "output*", role: str = "value", phase: str = "train"
+) -> pd.DataFrame:
+    """Return one statistic of all sites: a row a sampled step, a column a site, in order of execution.
+
+    Args:
+        record: record of one run.
+        stat: the statistic, as "rms" or "rms.max".
+        slot: glob over slots.
+        role: "value", "gradient" or "update".
+        phase: "train", "batch" or "population".
+
+    Returns:
+        float64; NaN where a site was not measured at a step. Empty where nothing matches.
+    """
+    parts: dict[str, list[pd.Series]] = {}
+    for block in record.blocks:
+        if (block.phase, block.role) == (phase, role) and stat in block.stats:
+            if not fnmatchcase(block.site.rpartition("/")[2], slot):
+                continue
+            values = block.values[:, block.stats.index(stat)].astype(float)
+            parts.setdefault(block.site, []).append(pd.Series(values, index=block.steps))
+    columns = {site: _joined(parts[site]) for site in _in_order(record, parts)}
+    return pd.DataFrame(columns).sort_index().rename_axis("step")
+
+
+def arrays(
+    record: Record, stat: str, *, slot: str = "output*", role: str = "value"
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the per-channel arrays of one statistic at all sites, in order of execution.
+
+    Args:
+        record: record of one run.
+        stat: the statistic, as "rms".
+        slot: glob over slots.
+        role: "value" or "gradient".
+
+    Returns:
+        site -> steps [n] and values [n, channels]; where the number of channels changed, only those of the last width.
+    """
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for item in record.channels:
+        wanted = (item.phase, item.role, item.stat) == ("train", role, stat)
+        if wanted and fnmatchcase(item.site.rpartition("/")[2], slot) and item.values:
+            width = len(item.values[-1])
+            kept = [i for i, values in enumerate(item.values) if len(values) == width]
+            found[item.site] = (item.steps[kept], np.stack([item.values[i] for i in kept]).astype(float))
+    return {site: found[site] for site in _in_order(record, found)}
+
+
+def context(record: Record) -> pd.DataFrame:
+    """Return the context of each step, indexed by step, without the parameter groups; missing columns are NaN.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        The columns sampled, batch_size, loss, loss_scale, grad_norm, skipped, lr (of the first group).
+    """
+    frame = record.context.reindex(columns=list(_CONTEXT)).drop_duplicates("step").sort_values("step")
+    for name in ("sampled", "skipped"):
+        frame[name] = frame[name].eq(True)
+    return frame.set_index("step").astype({name: float for name in ("loss", "loss_scale", "grad_norm", "lr")})
+
+
+def late(series: pd.Series) -> pd.Series:
+    """Return the late window: the last quarter of the finite values, but three where there are as many.
+
+    Args:
+        series: values by step.
+
+    Returns:
+        Its finite values of the late window; empty where there is none.
+
+    >>> late(pd.Series([1.0, 2.0, 3.0, 4.0, float("nan")])).tolist()
+    [2.0, 3.0, 4.0]
+    """
+    finite = series.replace([np.inf, -np.inf], np.nan).dropna()
+    return finite.tail(max(3, len(finite) // LATE_FRACTION))
+
+
+def late_medians(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the median of each site's late window as a frame of estimates.
+
+    Args:
+        frame: a row a step, a column a site.
+
+    Returns:
+        One row a site; the standard error is that of a median of independent Gaussian values, 1.2533 s / sqrt(n).
+    """
+    rows = []
+    for site, column in zip(frame.columns, frame.to_numpy(float).T, strict=True):
+        finite = column[np.isfinite(column)]
+        window = finite[-max(3, len(finite) // LATE_FRACTION) :]
+        error = 1.2533 * float(window.std(ddof=1)) / len(window) ** 0.5 if len(window) > 1 else np.nan
+        rows.append((str(site), float(np.median(window)) if len(window) else np.nan, error, len(window)))
+    return estimates(rows)
+
+
+def estimates(rows: Sequence[tuple[str, float, float, int]]) -> pd.DataFrame:
+    """Return a tidy frame with one estimate a row.
+
+    Args:
+        rows: (site, value, standard error, n).
+
+    Returns:
+        Columns site, value, standard_error, n and status (see `normscope.core.estimate.Status`).
+    """
+    frame = pd.DataFrame(rows, columns=["site", "value", "standard_error", "n"])
+    status = [
+        Status.NOT_RECORDED if n == 0 else Status.SAMPLED if np.isfinite(value) else Status.NON_FINITE
+        for value, n in zip(frame["value"], frame["n"], strict=True)
+    ]
+    return frame.assign(status=pd.Series(status, index=frame.index, dtype=object))
+
+
+def onset(exceeds: pd.Series) -> int | None:
+    """Return the first step from which a condition holds to the end.
+
+    Args:
+        exceeds: booleans by step, increasing.
+
+    Returns:
+        The step; None where the condition does not hold at the end.
+
+    >>> onset(pd.Series([True, False, True, True], index=[0, 10, 20, 30]))
+    20
+    """
+    if not len(exceeds) or not exceeds.iloc[-1]:
+        return None
+    broken = np.flatnonzero(~exceeds.to_numpy(bool))
+    return int(exceeds.index[broken[-1] + 1 if len(broken) else 0])
+
+
+def module_of(site: str) -> str:
+    """Return the module of a site.
+
+    >>> module_of("shared#1/output"), module_of("/output")
+    ('shared', '')
+    """
+    return site.rpartition("/")[0].partition("#")[0]
+
+
+def _joined(parts: list[pd.Series]) -> pd.Series:
+    if len(parts) == 1:
+        return parts[0]
+    both = pd.concat(parts).sort_index(kind="stable")
+    last: pd.Series = both[~both.index.duplicated(keep="last")]
+    return last
+
+
+def _in_order(record: Record, sites: Iterable[str]) -> list[str]:
+    known = record.sites.reindex(columns=["site", "order"])
+    stated = pd.to_numeric(known["order"], errors="coerce").fillna(np.inf)
+    rank = {site: (order, i) for i, (site, order) in enumerate(zip(known["site"], stated, strict=True))}
+    return sorted(sites, key=lambda site: rank.get(site, (np.inf, len(rank))))

@@ -1,0 +1,46 @@
+"""Normalizing activations: which modules of a model normalize, and what their parts are. Knows torch, no training."""
+
+from __future__ import annotations
+
+from normscope.norms.area import Batch, BatchGroup, Group, Instance, InstanceGroup, Layer, Position
+from normscope.norms.layer import Norm, Normalization
+from normscope.norms.operation import L1, RMS, Center, Identity, Lp, Scale, Standardize, TopK
+from normscope.norms.part import Traits
+from normscope.norms.population import Current, Running
+from normscope.norms.recognize import CERTAINTIES, KINDS, NormParts, declare_norm, find_norms, recognize
+from normscope.norms.recovery import Affine, Bare, Coloring, Conditional
+from normscope.norms.whiten import Whiten
+
+__all__ = [
+    "CERTAINTIES",
+    "KINDS",
+    "L1",
+    "RMS",
+    "Affine",
+    "Bare",
+    "Batch",
+    "BatchGroup",
+    "Center",
+    "Coloring",
+    "Conditional",
+    "Current",
+    "Group",
+    "Identity",
+    "Instance",
+    "InstanceGroup",
+    "Layer",
+    "Lp",
+    "Norm",
+    "NormParts",
+    "Normalization",
+    "Position",
+    "Running",
+    "Scale",
+    "Standardize",
+    "TopK",
+    "Traits",
+    "Whiten",
+    "declare_norm",
+    "find_norms",
+    "recognize",
+]

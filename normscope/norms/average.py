@@ -1,0 +1,130 @@
+"""Averages over the samples of an area, on one process or across ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from normscope.core.errors import ArgumentError
+
+
+def samples(z: Tensor) -> tuple[int, ...]:
+    """Return the sample axes of `[areas, features, *samples]`."""
+    return tuple(range(2, z.ndim))
+
+
+def rows(stat: Tensor, z: Tensor) -> Tensor:
+    """Append axes to a statistic `[areas, features]` so that it broadcasts against `[areas, features, *samples]`."""
+    return stat.reshape(stat.shape + (1,) * (z.ndim - stat.ndim))
+
+
+@dataclass(frozen=True)
+class Average:
+    """Averages on one process."""
+
+    def over(self, total: Tensor, count: int) -> Tensor:
+        """Divide a sum over `count` samples by their number."""
+        return total / count
+
+    def count(self, z: Tensor) -> int | Tensor:
+        """Return the number of samples of each row."""
+        return z.shape[2:].numel()
+
+    def mean(self, z: Tensor) -> Tensor:
+        """Average over the samples: `[areas, features]`."""
+        return self.over(z.sum(samples(z)), z.shape[2:].numel())
+
+    def moments(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and biased variance, each `[areas, features]`."""
+        var, mean = torch.var_mean(z, samples(z), correction=0)
+        return mean, var
+
+    def products(self, z: Tensor) -> Tensor:
+        """Average the products of the features: `[areas, features, features]`, from one Gram matrix per example."""
+        outer = tuple(range(2, z.ndim - 1))
+        x = z.permute(*outer, 0, 1, z.ndim - 1)
+        gram = x @ x.mT
+        total = gram.sum(tuple(range(len(outer)))) if outer else gram
+        return self.over(total, z.shape[2:].numel())
+
+    def largest(self, z: Tensor, k: int) -> Tensor:
+        """Return the k largest samples of each row: `[areas, features, k]`."""
+        return z.flatten(2).topk(k, dim=-1).values
+
+
+LOCAL = Average()
+
+
+@dataclass(frozen=True)
+class Across(Average):
+    """Averages over all ranks of a process group, weighted by their numbers of samples; differentiable.
+
+    Attributes:
+        group: the process group, None for the default one.
+    """
+
+    group: Any = None
+
+    def __post_init__(self) -> None:
+        """Refuse to start without a process group.
+
+        Raises:
+            ArgumentError: torch.distributed is not initialized.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ArgumentError(
+                "process_group was given, but torch.distributed is not initialized; call init_process_group first."
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Across:
+        """Share the process group, which cannot be copied."""
+        return self
+
+    def over(self, total: Tensor, count: int) -> Tensor:
+        """Sum over the ranks and divide by the number of samples on all of them."""
+        sizes = torch.tensor([float(count)], dtype=total.dtype, device=total.device)
+        summed: Tensor = _all_reduce(torch.cat([total.flatten(), sizes]), self.group)
+        return (summed[:-1] / summed[-1]).reshape(total.shape)
+
+    def count(self, z: Tensor) -> int | Tensor:
+        """Return the number of samples of each row on all ranks."""
+        number = torch.tensor(float(z.shape[2:].numel()), dtype=z.dtype, device=z.device)
+        dist.all_reduce(number, group=self.group)
+        return number
+
+    def moments(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and biased variance about the mean of all ranks."""
+        mean = self.mean(z)
+        return mean, self.mean((z - rows(mean, z)).square())
+
+    def largest(self, z: Tensor, k: int) -> Tensor:
+        """Return the k largest samples of each row among all ranks."""
+        mine = super().largest(z, min(k, z.shape[2:].numel()))
+        world = dist.get_world_size(self.group)
+        selected = torch.nn.functional.one_hot(torch.tensor(dist.get_rank(self.group)), world)
+        place = selected.to(mine).reshape(-1, 1, 1, 1) * mine
+        everyone: Tensor = _all_reduce(place, self.group)
+        return everyone.movedim(0, 2).flatten(2).topk(k, dim=-1).values
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over ranks; the gradient is the sum of the gradients over ranks, to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        summed = value.contiguous().clone()
+        dist.all_reduce(summed, group=group)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grad, ctx.group), None
+
+
+_all_reduce: Callable[..., Tensor] = _AllReduce.apply

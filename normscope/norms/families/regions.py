@@ -1,0 +1,126 @@
+"""Region normalization: statistics of a masked region and of the rest, over the whole batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from normscope.core.errors import ArgumentError
+from normscope.norms.area import Batch
+from normscope.norms.average import rows
+from normscope.norms.layer import Normalization, in_float
+from normscope.norms.part import Traits, positive
+
+
+class _Region(Normalization):
+    """Standardizes a region and the rest, each by its own statistics over the batch."""
+
+    eps: float
+
+    def standardize(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Standardize the region that a mask `(N, 1, *)` of zeros and ones selects; 0 elsewhere."""
+        z, m = Batch().split(x), Batch().split(mask)
+        part = self.average.mean(m)
+        share = part.clamp_min(torch.finfo(x.dtype).tiny)
+        mean = self.average.mean(z * m) / share
+        centered = (z - rows(mean, z)) * m
+        # the region fills only a part of the batch, and so does its variance
+        var = self.average.mean(centered.square())
+        return Batch().merge(centered * rows(((var + self.eps) / share).rsqrt(), z), x)
+
+
+class RegionNorm(_Region):
+    """Basic region normalization: given the mask of a damaged image, region and rest are standardized apart.
+
+    y = sum over regions r of m_r ((1 + gain_r) (x - mean_r) / sd_r + bias_r)
+
+    Args:
+        num_features: number of channels.
+        eps: added to the variance of the region filled up with its mean, as in the authors' code.
+        affine: gain and bias for each region and channel.
+        published: add both biases everywhere, as the authors' code does.
+    """
+
+    gain: nn.Parameter | None
+
+    def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True, published: bool = False) -> None:
+        """Register gain and bias, each `(2, C)`: region, rest."""
+        super().__init__()
+        positive(eps, "eps")
+        self.num_features, self.eps, self.affine, self.published = num_features, eps, affine, published
+        self.register_parameter("gain", nn.Parameter(torch.zeros(2, num_features)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(2, num_features)) if affine else None)
+
+    @property
+    def traits(self) -> Traits:
+        """It needs a mask."""
+        return Traits(crosses_batch=True, ranks=(3, 4, 5), condition="map", shift_invariant=True, scale_invariant=True)
+
+    @in_float
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize.
+
+        Args:
+            x: `(N, C, *)`.
+            mask: `(N, 1, *)`, 1 in the region and 0 outside.
+
+        Returns:
+            `(N, C, *)`.
+
+        Raises:
+            ArgumentError: there is no mask, or its shape does not fit.
+        """
+        if mask is None or mask.shape != (x.shape[0], 1, *x.shape[2:]):
+            found = None if mask is None else tuple(mask.shape)
+            raise ArgumentError(
+                f"mask={found} must have the shape {(x.shape[0], 1, *x.shape[2:])}; 1 marks the region."
+            )
+        mask = mask.to(x)
+        y = torch.zeros_like(x)
+        for place, m in enumerate((mask, 1 - mask)):
+            standardized = self.standardize(x, m)
+            if self.gain is not None and self.bias is not None:
+                shape = (-1, *(1,) * (x.ndim - 2))
+                bias = self.bias[place].reshape(shape)
+                standardized = standardized * (1 + self.gain[place].reshape(shape))
+                standardized = standardized + (bias if self.published else bias * m)
+            y = y + standardized
+        return y
+
+
+class LearnedRegionNorm(_Region):
+    """Learned region normalization: the mask comes from the input, gain and bias from the map that gives the mask.
+
+    s = sigmoid(conv([mean_C x, max_C x])), mask = s >= threshold, y = rn(x, mask) (1 + conv(s)) + conv(s).
+
+    Args:
+        num_features: number of channels.
+        threshold: where the region begins.
+        eps: added to the variance.
+        kernel_size: of the three convolutions.
+    """
+
+    def __init__(self, num_features: int, threshold: float = 0.8, eps: float = 1e-5, kernel_size: int = 7) -> None:
+        """Make the convolutions."""
+        super().__init__()
+        positive(eps, "eps")
+        self.num_features, self.threshold, self.eps, self.kernel_size = num_features, threshold, eps, kernel_size
+        pad = kernel_size // 2
+        self.importance = nn.Conv2d(2, 1, kernel_size, padding=pad, bias=False)
+        self.gain_map = nn.Conv2d(1, 1, kernel_size, padding=pad)
+        self.bias_map = nn.Conv2d(1, 1, kernel_size, padding=pad)
+
+    @property
+    def traits(self) -> Traits:
+        """The mask is hard: it has no gradient."""
+        return Traits(crosses_batch=True, ranks=(4,), true_gradient=False)
+
+    @in_float
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `(N, C, H, W)`."""
+        summary = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        s = torch.sigmoid(self.importance(summary))
+        mask = (s.detach() >= self.threshold).to(x)
+        y = self.standardize(x, mask) + self.standardize(x, 1 - mask)
+        gain, bias = self.gain_map(s), self.bias_map(s)
+        return torch.addcmul(y + bias, y, gain)

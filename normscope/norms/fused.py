@@ -1,0 +1,115 @@
+"""The compositions that torch has a fused kernel for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from normscope.norms.area import Area, Batch, Group, Instance, Layer, Position
+from normscope.norms.operation import RMS, Operation, Standardize
+from normscope.norms.population import Current, Population, Running
+from normscope.norms.recovery import Affine, Bare, Recovery
+
+Kernel = Callable[[Any, Tensor, int], Tensor]
+
+
+def kernel(area: Area, operation: Operation, recovery: Recovery, population: Population) -> Kernel | None:
+    """Return the fused form of a composition, None where torch has none.
+
+    Args:
+        area: its area.
+        operation: its operation.
+        recovery: its recovery.
+        population: its population.
+
+    Returns:
+        A function of (layer, input, channel axis) that does the same as the parts.
+    """
+    plain = type(recovery) is Bare or (type(recovery) is Affine and recovery.offset == 0)
+    shaped = type(recovery) is Affine and bool(recovery.shape)
+    if type(operation) is Standardize and operation.inside and not operation.unbiased and plain:
+        return _standardizing(area, population, shaped)
+    scaled = plain and not (type(recovery) is Affine and recovery.shift) and type(population) is Current
+    if type(operation) is RMS and operation.inside and operation.fraction == 1:
+        return _rms_norm if scaled and type(area) in {Layer, Position} else None
+    return None
+
+
+def _standardizing(area: Area, population: Population, shaped: bool) -> Kernel | None:
+    running = type(population) is Running and population.unbiased and not population.track and not population.zero
+    current = type(population) is Current
+    if type(area) is Batch and (running or current) and not shaped:
+        return _batch_norm
+    if type(area) is Instance and current and not shaped:
+        return _instance_norm
+    if type(area) is Group and current and not shaped:
+        return _group_norm
+    if type(area) is Layer and current:
+        return _layer_norm
+    if type(area) is Position and current and not shaped:
+        return _position_norm
+    return None
+
+
+def _parameters(host: Any) -> tuple[Tensor | None, Tensor | None]:
+    return getattr(host, "weight", None), getattr(host, "bias", None)
+
+
+def _batch_norm(host: Any, x: Tensor, axis: int) -> Tensor:
+    if axis == -1 and x.ndim > 2:
+        return _batch_norm(host, x.flatten(0, -2), 1).reshape(x.shape)
+    weight, bias = _parameters(host)
+    population = host.population
+    if type(population) is Current:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, host.eps)
+    momentum = population.momentum
+    if host.training:
+        host.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(host.num_batches_tracked) if momentum is None else momentum
+    mean, var = host.running_mean, host.running_var
+    return F.batch_norm(x, mean, var, weight, bias, host.training, momentum or 0.0, host.eps)
+
+
+def _instance_norm(host: Any, x: Tensor, axis: int) -> Tensor:
+    return F.instance_norm(x, None, None, *_parameters(host), True, 0.0, host.eps)
+
+
+def _group_norm(host: Any, x: Tensor, axis: int) -> Tensor:
+    return F.group_norm(x, host.area.groups, *_parameters(host), host.eps)
+
+
+def _layer_norm(host: Any, x: Tensor, axis: int) -> Tensor:
+    weight, bias = _parameters(host)
+    if axis == 1 and x.ndim > 2:
+        return F.group_norm(x, 1, weight, bias, host.eps)
+    return F.layer_norm(x, x.shape[x.ndim - (host.area.dims or 1) :], weight, bias, host.eps)
+
+
+def _position_norm(host: Any, x: Tensor, axis: int) -> Tensor:
+    z = x.movedim(1, -1) if axis == 1 else x
+    y = F.layer_norm(z, z.shape[-1:], *_parameters(host), host.eps)
+    return y.movedim(-1, 1) if axis == 1 else y
+
+
+def _rms_norm(host: Any, x: Tensor, axis: int) -> Tensor:
+    weight = getattr(host, "weight", None)
+    if weight is not None and weight.dtype != x.dtype:
+        return _rms_norm(host, x.to(weight.dtype), axis).to(x.dtype)
+    if type(host.area) is Layer and axis == 1 and x.ndim > 2:
+        y = F.rms_norm(x, x.shape[1:], None, host.eps)
+        return y if weight is None else y * weight.reshape(-1, *(1,) * (x.ndim - 2))
+    z = x.movedim(1, -1) if axis == 1 else x
+    dims = getattr(host.area, "dims", 0) or 1
+    y = F.rms_norm(z, z.shape[z.ndim - dims :], weight, host.eps)
+    return y.movedim(-1, 1) if axis == 1 else y
+
+
+def suits(x: Tensor, weight: Tensor | None) -> bool:
+    """Tell whether torch's kernels take this input: parameters of its type, or of float32 beside a half type."""
+    if weight is None or weight.dtype == x.dtype:
+        return True
+    return weight.dtype == torch.float32 and x.dtype in {torch.bfloat16, torch.float16}

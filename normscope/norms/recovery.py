@@ -1,0 +1,175 @@
+"""Normalized representation recovery: what gives a normalized activation back its freedom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from normscope.core.errors import ArgumentError
+from normscope.norms.part import Part, known_features
+
+
+@dataclass(frozen=True, repr=False)
+class Recovery(Part):
+    """Base of the recoveries: `install` puts parameters on the layer, `apply` uses them.
+
+    Attributes:
+        condition: what forward takes besides the input, "" for nothing.
+        pointwise: the output of an entry depends on the input through its normalized value alone.
+    """
+
+    condition: ClassVar[str] = ""
+    pointwise: ClassVar[bool] = True
+
+    def install(self, host: nn.Module, num_features: int | None) -> None:
+        """Register parameters or submodules.
+
+        Args:
+            host: the layer.
+            num_features: number of channels.
+        """
+
+    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
+        """Recover.
+
+        Args:
+            host: the layer that carries the parameters.
+            y: the normalized activation, of the shape of x.
+            x: the input of the layer.
+            axis: the channel axis, 1 or -1.
+            condition: what forward got besides the input.
+
+        Returns:
+            The output of the layer.
+        """
+        return y
+
+
+@dataclass(frozen=True, repr=False)
+class Bare(Recovery):
+    """Leave the normalized values as they are."""
+
+
+def channels(v: Tensor, y: Tensor, axis: int) -> Tensor:
+    """Shape a value per channel `(C,)` or `(N, C)` so that it broadcasts against y."""
+    if axis == -1:
+        return v if v.ndim == 1 else v.reshape(v.shape[0], *(1,) * (y.ndim - 2), v.shape[1])
+    return v.reshape(*v.shape, *(1,) * (y.ndim - 2))
+
+
+@dataclass(frozen=True, repr=False)
+class Affine(Recovery):
+    """Scale and shift each channel: y * (offset + weight) + bias.
+
+    Attributes:
+        scale: there is a weight.
+        shift: there is a bias.
+        init: initial weight.
+        offset: added to the weight; 1 with init 0 is the zero-centered weight of some language models.
+        shape: one weight for each entry of this trailing shape instead of each channel, as in torch's LayerNorm.
+    """
+
+    scale: bool = True
+    shift: bool = True
+    init: float = 1.0
+    offset: float = 0.0
+    shape: tuple[int, ...] = ()
+
+    def install(self, host: nn.Module, num_features: int | None) -> None:
+        """Register weight and bias, None where there is none."""
+        shape = self.shape or (known_features(num_features, self),)
+        host.register_parameter("weight", nn.Parameter(torch.full(shape, self.init)) if self.scale else None)
+        host.register_parameter("bias", nn.Parameter(torch.zeros(shape)) if self.shift else None)
+
+    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
+        """Scale and shift."""
+        weight, bias = host.weight, host.bias
+        if weight is not None:
+            weight = weight + self.offset if self.offset else weight
+            y = y * (weight if self.shape else channels(weight, y, axis))
+        if bias is not None:
+            y = y + (bias if self.shape else channels(bias, y, axis))
+        return y
+
+
+@dataclass(frozen=True, repr=False)
+class Coloring(Recovery):
+    """Mix the channels linearly: y_i = sum_j M_ij y_j + bias_i, M initially the identity.
+
+    Attributes:
+        groups: the matrix is block diagonal with this many blocks.
+        shift: there is a bias.
+    """
+
+    groups: int = 1
+    shift: bool = True
+
+    def install(self, host: nn.Module, num_features: int | None) -> None:
+        """Register weight `(C, C / groups)` and bias `(C,)`."""
+        count = known_features(num_features, self)
+        size = count // self.groups
+        host.register_parameter("weight", nn.Parameter(torch.eye(size).repeat(self.groups, 1)))
+        host.register_parameter("bias", nn.Parameter(torch.zeros(count)) if self.shift else None)
+
+    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
+        """Mix the channels."""
+        y = mixed(host.weight, y, axis, self.groups)
+        return y if host.bias is None else y + channels(host.bias, y, axis)
+
+
+def mixed(weight: Tensor, y: Tensor, axis: int, groups: int = 1) -> Tensor:
+    """Multiply the channels by a matrix `(C, C / groups)`, or by one for each example `(N, C, C / groups)`."""
+    z = y if axis == 1 else y.movedim(-1, 1)
+    size = weight.shape[-1]
+    flat = z.reshape(z.shape[0], groups, size, -1)
+    out = (weight.reshape(-1, groups, size, size) @ flat).reshape(z.shape)
+    return out if axis == 1 else out.movedim(1, -1)
+
+
+@dataclass(frozen=True, repr=False)
+class Conditional(Recovery):
+    """Scale and shift each channel by the class of the example: y * (offset + weight[class]) + bias[class].
+
+    Attributes:
+        classes: number of classes.
+        init: initial weight.
+        offset: added to the weight.
+    """
+
+    classes: int
+    init: float = 1.0
+    offset: float = 0.0
+    condition: ClassVar[str] = "labels"
+
+    def install(self, host: nn.Module, num_features: int | None) -> None:
+        """Register weight and bias `(classes, C)`."""
+        shape = (self.classes, known_features(num_features, self))
+        host.register_parameter("weight", nn.Parameter(torch.full(shape, self.init)))
+        host.register_parameter("bias", nn.Parameter(torch.zeros(shape)))
+
+    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
+        """Scale and shift by class.
+
+        Args:
+            host: the layer.
+            y: the normalized activation.
+            x: the input.
+            axis: the channel axis.
+            condition: labels `(N,)`, or weights over the classes `(N, classes)` that mix them.
+
+        Returns:
+            The output.
+
+        Raises:
+            ArgumentError: no labels were given.
+        """
+        if not isinstance(condition, Tensor):
+            raise ArgumentError(f"condition={condition!r}: {self!r} needs the labels (N,); call layer(x, labels).")
+        if condition.is_floating_point():
+            weight, bias = condition @ host.weight, condition @ host.bias
+        else:
+            weight, bias = host.weight[condition], host.bias[condition]
+        return y * (channels(weight, y, axis) + self.offset) + channels(bias, y, axis)

@@ -1,0 +1,344 @@
+"""Activations: what the forward and gradient hooks of a sampled step measure, reduced at once, never kept as live tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from normscope.core.site import Site
+from normscope.norms.recognize import NormParts
+from normscope.probes import hooks, layout, moments, normalization, tails
+
+MAX_CALLS = 8  # calls of one module in one pass told apart; the rest join the last
+_MAX_PASSES = 8  # forward passes of a step kept without a backward; an evaluation loop would pile them up
+
+_RELU = (nn.ReLU, nn.ReLU6, nn.Threshold)
+_BOUNDS: tuple[tuple[type[nn.Module], tuple[float, float]], ...] = (
+    (nn.Tanh, (-1.0, 1.0)),
+    (nn.Sigmoid, (0.0, 1.0)),
+    (nn.Hardsigmoid, (0.0, 1.0)),
+    (nn.Softsign, (-1.0, 1.0)),
+)
+_MERGES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "moments": moments.merge,
+    "tails": tails.merge,
+    "batch": moments.merge,
+    "areas": normalization.merge_areas,
+}
+
+
+class Measured(NamedTuple):
+    """A state that a step has left: where, in which role, of which probe."""
+
+    site: str
+    role: str
+    probe: str
+    state: torch.Tensor
+
+
+class Place(NamedTuple):
+    """A site that was seen, with what its statistics need."""
+
+    site: str
+    axis: int
+    bounds: tuple[float, float] | None
+    note: str
+
+
+@dataclass
+class Calls:
+    """How often a normalization layer ran in a step, and how.
+
+    Attributes:
+        calls: training forwards, with gradient.
+        recomputed: forwards inside a backward pass (activation checkpointing).
+        silent: forwards in training mode without gradient.
+        training: whether its last training forward was in training mode.
+        batch: first dimension of its last input.
+    """
+
+    calls: int = 0
+    recomputed: int = 0
+    silent: int = 0
+    training: bool = True
+    batch: int = 0
+
+
+class Collected(NamedTuple):
+    """What a step has left: states, how normalization layers were called, and their running statistics [2, C]."""
+
+    measured: list[Measured]
+    calls: dict[str, Calls]
+    running: dict[str, torch.Tensor]
+
+
+@dataclass
+class _Pass:
+    """One forward through the model; `live` once a gradient came back through it."""
+
+    calls: Counter[int] = field(default_factory=Counter)
+    norms: dict[str, Calls] = field(default_factory=dict)
+    running: dict[str, torch.Tensor] = field(default_factory=dict)
+    states: dict[tuple[str, str, str], torch.Tensor] = field(default_factory=dict)
+    fresh: dict[int, tuple[Any, int, int, torch.Tensor]] = field(default_factory=dict)
+    before: tuple[tuple[int, ...], int] | None = None
+    producers: dict[int, tuple[Any, str]] = field(default_factory=dict)
+    live: bool = False
+    closed: bool = False
+
+    def add(self, site: str, role: str, probe: str, state: torch.Tensor) -> None:
+        """Add a state, merged with what the site has already."""
+        key = (site, role, probe)
+        known = self.states.get(key)
+        if known is None:
+            self.states[key] = state
+        elif known.shape == state.shape:  # a layer of varying width keeps its first width in a step
+            self.states[key] = _MERGES[probe](known, state)
+
+    def absorb(self, other: _Pass) -> None:
+        """Take over what another pass has found."""
+        for (site, role, probe), state in other.states.items():
+            self.add(site, role, probe, state)
+        for name, calls in other.norms.items():
+            total = self.norms.setdefault(name, Calls())
+            total.calls += calls.calls
+            total.training, total.batch = calls.training, calls.batch
+        self.running |= other.running
+        other.close()
+
+    def close(self) -> None:
+        """Forget everything; gradients that still come are ignored."""
+        self.closed = True
+        self.states, self.fresh, self.producers, self.running = {}, {}, {}, {}
+
+
+class Activations:
+    """Measures the watched modules during a step.
+
+    Args:
+        norms: normalization layers among them, by name.
+        probes: which of "moments", "tails", "normalization" run; a set that shrinks when one fails.
+        on_site: called with a site and its attributes when it is first seen.
+        on_failure: called with (probe, site, error) when one fails.
+    """
+
+    def __init__(
+        self,
+        norms: Mapping[str, NormParts],
+        probes: set[str],
+        on_site: Callable[[str, dict[str, object]], None],
+        on_failure: Callable[[str, str, Exception], None],
+    ) -> None:
+        """Start with nothing measured; see the class."""
+        self._norms, self._probes = norms, probes
+        self._on_site, self._on_failure = on_site, on_failure
+        self._places: dict[tuple[str, int, str], Place] = {}
+        self._containers: set[str] = set()
+        self._passes: list[_Pass] = []
+        self._after_backward = True
+        self._calls: dict[str, Calls] = {}
+
+    def knows(self, module: str, call: int, slot: str) -> bool:
+        """Tell whether a site was seen."""
+        return (module, call, slot) in self._places
+
+    def begin_pass(self) -> None:
+        """Start a new forward pass: call indices count from 0 again."""
+        live, waiting = ([p for p in self._passes if p.live is state] for state in (True, False))
+        if len(live) >= _MAX_PASSES:
+            live[0].absorb(live[1])
+            self._passes.remove(live[1])
+        if len(waiting) >= _MAX_PASSES:
+            self._passes.remove(waiting[0])
+        self._passes.append(_Pass())
+        self._after_backward = False
+
+    def forward(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object
+    ) -> None:
+        """Measure what a module returned, if the forward is one of training."""
+        inside = hooks.in_backward()
+        parts = self._norms.get(name)
+        if not torch.is_grad_enabled():
+            if parts is not None:
+                self._calls.setdefault(name, Calls()).silent += module.training
+            return
+        if inside and not self._passes:  # a graph of the step before, which was not sampled
+            return
+        if self._after_backward and not inside:
+            self.begin_pass()
+        current = self._passes[-1]
+        repeated = inside and id(module) in current.calls
+        if parts is not None:
+            self._count(name, module, inside, repeated, current)
+        elif not repeated and self._is_container(name, module, current):
+            return
+        if repeated:
+            return
+        call = min(current.calls[id(module)], MAX_CALLS - 1)
+        current.calls[id(module)] += 1
+        if parts is not None and "normalization" in self._probes:
+            self._norm(name, call, module, parts, layout.first_tensor(args, kwargs), current)
+        source = "" if (name, call, "output") in self._places else _source(layout.first_tensor(args, kwargs), current)
+        for slot, tensor in layout.tensors(output):
+            self._output(Site(name, call, slot), module, parts, tensor, source, current)
+
+    def collect(self) -> Collected:
+        """Return what the passes that a gradient came back through have found, merged, and forget all passes."""
+        live = [p for p in self._passes if p.live] or self._passes
+        joined = _Pass()
+        for item in live:
+            joined.absorb(item)
+        for name, calls in self._calls.items():
+            total = joined.norms.setdefault(name, Calls())
+            total.recomputed, total.silent = calls.recomputed, calls.silent
+        measured = [Measured(*key, state) for key, state in joined.states.items()]
+        found = Collected(measured, joined.norms, joined.running)
+        self.discard()
+        return found
+
+    def discard(self) -> None:
+        """Forget all passes; gradient hooks that still fire are ignored."""
+        for item in self._passes:
+            item.close()
+        self._passes, self._calls = [], {}
+        self._after_backward = True
+
+    def _count(self, name: str, module: nn.Module, inside: bool, repeated: bool, current: _Pass) -> None:
+        calls = self._calls.setdefault(name, Calls())
+        if inside:
+            calls.recomputed += module.training
+        if repeated:
+            return
+        if inside and calls.silent:  # reentrant checkpointing: its first forward ran without gradient
+            calls.silent -= 1
+        here = current.norms.setdefault(name, Calls())
+        here.calls += 1
+        here.training = module.training
+
+    def _is_container(self, name: str, module: nn.Module, current: _Pass) -> bool:
+        if name not in self._containers and any(id(m) in current.calls for m in module.modules() if m is not module):
+            self._containers.add(name)
+        return name in self._containers
+
+    def _output(
+        self,
+        where: Site,
+        module: nn.Module,
+        parts: NormParts | None,
+        tensor: torch.Tensor,
+        source: str,
+        current: _Pass,
+    ) -> None:
+        key = (where.module, where.call, where.slot)
+        place = self._places.get(key) or self._learn(key, where, module, parts, tensor, source, current)
+        if layout.why_unmeasured(tensor):
+            return
+        current.before = (tuple(tensor.shape), place.axis)
+        current.producers[id(tensor)] = (weakref.ref(tensor), place.site)
+        self._measure(place, "value", tensor, current)
+        hooks.on_gradient(tensor, lambda gradient: self._gradient(place, gradient, current))
+
+    def _gradient(self, place: Place, gradient: torch.Tensor, current: _Pass) -> None:
+        self._after_backward = True
+        current.live = True
+        if not current.closed and gradient.numel():
+            self._measure(place, "gradient", gradient, current)
+
+    def _measure(self, place: Place, role: str, tensor: torch.Tensor, current: _Pass) -> None:
+        probe = "moments"
+        try:
+            view = layout.channeled(tensor.detach(), place.axis)
+            if "moments" in self._probes:
+                state = moments.observe(view)
+                current.add(place.site, role, "moments", state)
+                if role == "value" and not tensor.is_inference():
+                    current.fresh[id(tensor)] = (weakref.ref(tensor), tensor._version, place.axis, state)
+            probe = "tails"
+            if "tails" in self._probes:
+                current.add(place.site, role, "tails", tails.observe(view, place.bounds if role == "value" else None))
+        except Exception as error:  # whatever a tensor does, the run goes on
+            self._on_failure(probe, place.site, error)
+
+    def _norm(
+        self, name: str, call: int, module: nn.Module, parts: NormParts, x: torch.Tensor | None, current: _Pass
+    ) -> None:
+        site = str(Site(name, call, "input"))
+        try:
+            if x is None or layout.why_unmeasured(x):
+                return
+            if (name, call, "input") not in self._places:
+                self._places[name, call, "input"] = Place(site, parts.axis, None, "")
+                self._on_site(site, {"module": name, "call": call, "slot": "input", "shape": list(x.shape)})
+            current.norms[name].batch = x.shape[0] if x.dim() else 1
+            if parts.has_running:
+                current.running[name] = normalization.running(module)
+            if parts.kind == "batch":
+                known = _fresh(x, parts.axis, current)
+                state = moments.observe(layout.channeled(x.detach(), parts.axis)) if known is None else known
+                current.add(site, "value", "batch", state)
+            else:
+                current.add(site, "value", "areas", normalization.areas(x.detach(), parts))
+        except Exception as error:  # whatever a layer does, the run goes on
+            self._on_failure("normalization", site, error)
+
+    def _learn(
+        self,
+        key: tuple[str, int, str],
+        where: Site,
+        module: nn.Module,
+        parts: NormParts | None,
+        tensor: torch.Tensor,
+        source: str,
+        current: _Pass,
+    ) -> Place:
+        shape = () if tensor.is_nested else tuple(tensor.shape)
+        axis = parts.axis if parts is not None else layout.own_axis(module)
+        axis = layout.guessed_axis(shape, current.before) if axis is None else axis
+        axis = axis if -len(shape) <= axis < len(shape) else -1
+        bounds = _bounds(module)
+        note = layout.why_unmeasured(tensor)
+        place = self._places[key] = Place(str(where), axis, bounds, note)
+        attributes: dict[str, object] = {
+            "module": where.module,
+            "call": where.call,
+            "slot": where.slot,
+            "class": type(module).__name__,
+            "shape": list(shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "axis": axis,
+            "channels": shape[axis] if len(shape) > 1 else 1,
+            "predecessor": source,
+            "activation": "bounded" if bounds else "relu" if isinstance(module, _RELU) else "",
+            "note": note,
+        }
+        if parts is not None:
+            attributes |= normalization.attributes(parts)
+        self._on_site(place.site, attributes)
+        return place
+
+
+def _bounds(module: nn.Module) -> tuple[float, float] | None:
+    if isinstance(module, nn.Hardtanh) and not isinstance(module, nn.ReLU6):
+        return float(module.min_val), float(module.max_val)
+    return next((bounds for kind, bounds in _BOUNDS if isinstance(module, kind)), None)
+
+
+def _source(x: torch.Tensor | None, current: _Pass) -> str:
+    """Name the site that produced a tensor in this pass; "" where an operation outside modules did."""
+    known = None if x is None else current.producers.get(id(x))
+    return known[1] if known is not None and known[0]() is x else ""
+
+
+def _fresh(x: torch.Tensor, axis: int, current: _Pass) -> torch.Tensor | None:
+    """Return the moments taken of this very tensor when it was an output, unless it was changed in place since."""
+    known = current.fresh.get(id(x))
+    if known is None or known[0]() is not x or known[1] != x._version:
+        return None
+    return known[3] if known[2] % x.dim() == axis % x.dim() else None

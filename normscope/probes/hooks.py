@@ -1,0 +1,174 @@
+"""Hooks: the only file that registers one. Forward hooks on modules, tensor hooks on outputs, step hooks on optimizers.
+
+Full backward hooks are not used: they make outputs views, which breaks in-place operations after a normalization layer. A hook
+returns None, raises nothing, and does nothing in a copy or a pickle of the module that it was registered on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Watcher(Protocol):
+    """What the hooks report to."""
+
+    active: bool
+
+    def on_pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> None:
+        """Hear that the model's own forward begins, in training or in evaluation mode."""
+
+    def on_forward(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object
+    ) -> None:
+        """Hear that a module returned."""
+
+    def before_step(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
+        """Hear that an optimizer is about to step."""
+
+    def after_step(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
+        """Hear that an optimizer has stepped."""
+
+
+def _nothing(*_args: object, **_kwargs: object) -> None:
+    """Stand in for a hook in a copy of the module."""
+
+
+def _restore_nothing() -> Callable[..., None]:
+    return _nothing
+
+
+class _Hook:
+    """A hook that copies and pickles as one that does nothing, so that a copied model does not report into the run."""
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _restore_nothing, ()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Callable[..., None]:
+        return _nothing
+
+
+class _PassHook(_Hook):
+    def __init__(self, watcher: Watcher, root: nn.Module) -> None:
+        self.watcher, self.root = watcher, root
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if module is self.root and not _transformed():
+            self.watcher.on_pass(args, kwargs, module.training)
+
+
+class _ForwardHook(_Hook):
+    def __init__(self, watcher: Watcher, name: str, module: nn.Module) -> None:
+        self.watcher, self.name, self.module = watcher, name, module
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
+        if self.watcher.active and module is self.module and not _transformed():
+            self.watcher.on_forward(self.name, module, args, kwargs, output)
+
+
+class _StepHook(_Hook):
+    def __init__(self, report: Callable[[torch.optim.Optimizer, bool], None]) -> None:
+        self.report = report
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        self.report(optimizer, closure is not None)
+
+
+class _GradientHook:
+    """Reports once: a second backward through the same graph (Hessian products, penalties) is another quantity."""
+
+    def __init__(self, report: Callable[[torch.Tensor], None]) -> None:
+        self.report: Callable[[torch.Tensor], None] = report
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        report, self.report = self.report, _nothing
+        report(gradient.detach())
+
+
+def _transformed() -> bool:
+    """Tell whether a compiler, a tracer or functorch runs the module: its tensors cannot be read."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def in_backward() -> bool:
+    """Tell whether the call comes from inside a backward pass: activation checkpointing recomputes a forward."""
+    return int(torch._C._current_graph_task_id()) != -1
+
+
+def on_gradient(tensor: torch.Tensor, report: Callable[[torch.Tensor], None]) -> None:
+    """Report the gradient of an activation when it is known; a leaf is left alone, its hook would outlive the step."""
+    if tensor.requires_grad and not tensor.is_leaf:
+        tensor.register_hook(_GradientHook(report))
+
+
+class Hooks:
+    """The registered hooks of one attachment; `remove` takes every one of them off again.
+
+    Args:
+        watcher: what they report to.
+        root: the model; its forward begins a pass.
+        modules: (name, module) of those watched.
+        optimizers: the optimizers whose steps are heard.
+    """
+
+    def __init__(
+        self,
+        watcher: Watcher,
+        root: nn.Module,
+        modules: Iterable[tuple[str, nn.Module]],
+        optimizers: Iterable[torch.optim.Optimizer],
+    ) -> None:
+        """Register them, or none if one cannot be; see the class."""
+        self._handles: list[Any] = []
+        try:
+            self._handles.append(root.register_forward_pre_hook(_PassHook(watcher, root), with_kwargs=True))
+            for name, module in modules:
+                hook = _ForwardHook(watcher, name, module)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            for optimizer in optimizers:
+                self._handles.append(optimizer.register_step_pre_hook(_StepHook(watcher.before_step)))
+                self._handles.append(optimizer.register_step_post_hook(_StepHook(watcher.after_step)))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Remove every hook; a second call does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+class _OutputHook(_Hook):
+    def __init__(self, name: str, report: Callable[[str, object], None]) -> None:
+        self.name, self.report = name, report
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self.report(self.name, output)
+
+
+@contextmanager
+def listening(modules: Mapping[str, nn.Module], report: Callable[[str, object], None]) -> Iterator[None]:
+    """Report (name, output) of each forward of some modules while the context lasts.
+
+    Args:
+        modules: the modules by name.
+        report: what to call.
+
+    Yields:
+        Nothing.
+    """
+    handles = [module.register_forward_hook(_OutputHook(name, report)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

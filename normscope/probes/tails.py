@@ -1,0 +1,146 @@
+"""Tails: per-channel maximum, exact zeros, kurtosis and saturation on a fixed subsample.
+
+Sorting, histograms and fourth moments cost many passes over a tensor; on at most 128 values per channel they cost nothing. The
+subsample is not random: it strides by the golden ratio of the number of positions, modulo it, so that no random state is
+touched, the same positions are seen at every step, and they fall on all samples and all places. A state is a tensor [9, C] of counts, a maximum, a mean and central sums, which merge
+exactly (Pebay); raw powers would cancel where the mean is large.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from normscope.probes.layout import Channeled
+
+STATS = ("max", "zeros", "kurtosis", "saturated")
+SAMPLES = 128
+_EDGE = 0.01  # a bounded unit is saturated within 1 % of its range from either end
+
+
+@torch.no_grad()
+def observe(view: Channeled, bounds: tuple[float, float] | None = None) -> torch.Tensor:
+    """Return the state [9, C] of one tensor.
+
+    Args:
+        view: the tensor as [N, C, S] or [rows, C].
+        bounds: lower and upper bound of the values, for bounded activations.
+
+    Returns:
+        Rows: n, maximum of |x|, zeros, saturated, mean, the sums of (x - mean)^2, ^3 and ^4; then 1 if bounded.
+    """
+    sample = subsample(view)
+    sample = sample.to(torch.float32 if sample.device.type == "mps" else torch.float64)
+    n = torch.full_like(sample[0], len(sample))
+    mean = sample.mean(0)
+    centered = sample - mean
+    square = centered * centered
+    saturated = torch.zeros_like(n)
+    if bounds is not None:
+        edge = _EDGE * (bounds[1] - bounds[0])
+        saturated = ((sample < bounds[0] + edge) | (sample > bounds[1] - edge)).sum(0)
+    rows = (
+        n,
+        sample.abs().amax(0),
+        (sample == 0).sum(0),
+        saturated,
+        mean,
+        square.sum(0),
+        (square * centered).sum(0),
+        (square * square).sum(0),
+        torch.full_like(n, bounds is not None),
+    )
+    return torch.stack([row.to(sample.dtype) for row in rows])
+
+
+def subsample(view: Channeled) -> torch.Tensor:
+    """Return at most `SAMPLES` values per channel, [n, C], at fixed positions spread over samples and places.
+
+    Args:
+        view: the tensor as [N, C, S] or [rows, C].
+
+    Returns:
+        All values where there are no more than that, else those at positions floor(n frac((i + 1/2) golden ratio)).
+    """
+    x = view.x
+    if view.count <= SAMPLES:
+        return x if view.rows else x.movedim(1, -1).reshape(-1, x.shape[1])
+    positions = _positions(view.count, x.device)
+    if view.rows:
+        return x.index_select(0, positions)
+    return x[positions.div(x.shape[2], rounding_mode="floor"), :, positions % x.shape[2]]
+
+
+@lru_cache(maxsize=256)
+def _positions(count: int, device: torch.device) -> torch.Tensor:
+    golden = (math.sqrt(5) - 1) / 2
+    places = sorted({int((i + 0.5) * golden % 1 * count) for i in range(SAMPLES)})
+    return torch.tensor(places, device=device)
+
+
+def merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Merge two states: counts add, the maximum is the larger one, central sums move to the common mean."""
+    n_a, max_a, zeros_a, saturated_a, mean_a, m2_a, m3_a, m4_a, bounded_a = a
+    n_b, max_b, zeros_b, saturated_b, mean_b, m2_b, m3_b, m4_b, bounded_b = b
+    n = n_a + n_b
+    p, q, delta = n_a / n, n_b / n, mean_b - mean_a
+    step = delta * delta * p * n_b
+    m3 = m3_a + m3_b + step * delta * (p - q) + 3 * delta * (p * m2_b - q * m2_a)
+    m4 = m4_a + m4_b + step * delta * delta * (p * p - p * q + q * q)
+    m4 = m4 + 6 * delta * delta * (p * p * m2_b + q * q * m2_a) + 4 * delta * (p * m3_b - q * m3_a)
+    return torch.stack(
+        (
+            n,
+            torch.maximum(max_a, max_b),
+            zeros_a + zeros_b,
+            saturated_a + saturated_b,
+            mean_a + q * delta,
+            m2_a + m2_b + step,
+            m3,
+            m4,
+            torch.maximum(bounded_a, bounded_b),
+        )
+    )
+
+
+def compute(state: np.ndarray) -> dict[str, np.ndarray]:
+    """Return per-channel statistics of states.
+
+    max |x|; zeros and saturated as fractions; kurtosis m4 / m2^2, 3 for a Gaussian, NaN for a constant channel.
+
+    Args:
+        state: [..., 9, C].
+
+    Returns:
+        name -> [..., C]; saturated is NaN where the values are not bounded.
+    """
+    n, largest, zeros, saturated, mean, m2, _, m4, bounded = np.moveaxis(state, -2, 0)
+    constant = m2 <= 1e-20 * n * mean**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kurtosis = np.where(constant, np.nan, n * m4 / m2**2)
+        held = np.where(bounded > 0, saturated / n, np.nan)
+    return {"max": largest, "zeros": zeros / n, "kurtosis": kurtosis, "saturated": held}
+
+
+def pooled(stats: dict[str, np.ndarray], state: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the layer's scalars: the largest maximum, the means over channels of the rest, and the sample size.
+
+    Args:
+        stats: the result of `compute`, [..., C].
+        state: [..., 9, C].
+
+    Returns:
+        name -> [...].
+    """
+    finite = np.isfinite(stats["kurtosis"])
+    kurtosis = np.where(finite, stats["kurtosis"], 0).sum(-1) / np.where(finite.any(-1), finite.sum(-1), np.nan)
+    return {
+        "max": stats["max"].max(-1),
+        "zeros": stats["zeros"].mean(-1),
+        "kurtosis": kurtosis,
+        "saturated": stats["saturated"].mean(-1),
+        "sample_n": state[..., 0, 0],
+    }

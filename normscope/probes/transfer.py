@@ -1,0 +1,28 @@
+"""Transfer: many small device tensors to the host in one copy a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+@torch.no_grad()
+def to_host(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """Copy tensors to the host, joined so that each device is synchronized with once.
+
+    Args:
+        tensors: tensors of any shape, dtype and device.
+
+    Returns:
+        float64 arrays of the same shapes.
+    """
+    arrays: list[np.ndarray] = [np.empty(0)] * len(tensors)
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        joined = torch.cat([tensors[i].detach().reshape(-1) for i in here]).cpu().to(torch.float64).numpy()
+        ends = np.cumsum([tensors[i].numel() for i in here])
+        for i, part in zip(here, np.split(joined, ends[:-1]), strict=True):
+            arrays[i] = part.reshape(tuple(tensors[i].shape))
+    return arrays

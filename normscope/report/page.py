@@ -1,0 +1,140 @@
+"""The page: one HTML file without a request to anywhere; names of layers stay text wherever they appear."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from normscope.core.finding import Finding
+from normscope.core.record import Record
+from normscope.figures import figure_for
+from normscope.figures.palette import CURVES, REFERENCE, RULE
+from normscope.figures.run import GRADIENT_NORM, LEARNING_RATE, LOSS
+from normscope.metrics import tables
+from normscope.report.layers import COLUMNS, layers
+from normscope.report.maps import PHASES, maps, payload
+from normscope.report.pictures import Picture, picture
+from normscope.report.summary import Group, events, groups, passed, provenance, runs
+from normscope.report.text import SYMBOLS, count, counted, number, printable, source, words
+
+# scripts are parts of one: each file may use what those before it define
+SCRIPTS = ("plot.js", "pictures.js", "explorer.js", "table.js")
+_GUARD = "\ue000"
+
+
+def page(record: Record, findings: Sequence[Finding], *, markdown_name: str = "report.md") -> str:
+    """Write the page.
+
+    Args:
+        record: what was measured.
+        findings: what is concluded from it.
+        markdown_name: name of the Markdown twin, for the link.
+
+    Returns:
+        HTML.
+    """
+    told = groups(findings)
+    pictures = _pictures(record, told)
+    explored = payload(maps(record))
+    rows, more = events(record)
+    facts = {
+        "pictures": pictures,
+        "sites": explored.sites,
+        "axes": explored.axes,
+        "maps": explored.maps,
+        "phases": PHASES,
+    }
+    script, plotly = _script(), _plotly()
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            runs=runs(record),
+            counts=counted(findings),
+            groups=told,
+            passed=passed(findings),
+            pictures=pictures,
+            context=[key for key in ("loss", "norm", "rate") if key in pictures],
+            columns=COLUMNS,
+            layers=layers(record),
+            provenance=[(str(run["run"]), provenance(run)) for run in record.runs],
+            events=rows,
+            more_events=more,
+            markdown_name=markdown_name,
+            facts=_json(facts),
+            facts_maps=bool(explored.maps),
+            data=explored.data,
+            style=_template("style.css"),
+            script=script,
+            plotly=plotly,
+            hashes=[_digest(script), _digest(plotly.replace(_GUARD, ""))],
+            curves=CURVES,
+            reference=REFERENCE,
+            rule=RULE,
+        )
+    )
+
+
+def _pictures(record: Record, told: Sequence[Group]) -> dict[str, Picture]:
+    """Prepare a picture a group, by the group's number, and those of the training itself."""
+    parts = {part.names[0]: part for part in tables.split(record) if part.runs}
+    only = next(iter(parts.values()), record)
+    found: dict[str, Picture | None] = {}
+    for i, group in enumerate(told):
+        figure = figure_for(group.first.id)
+        found[str(i)] = picture(figure, parts.get(group.first.run, only), group.sites) if figure else None
+    for key, figure in (("loss", LOSS), ("norm", GRADIENT_NORM), ("rate", LEARNING_RATE)):
+        found[key] = picture(figure, only, ())
+    return {key: value for key, value in found.items() if value is not None}
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        autoescape=True,
+        loader=PackageLoader("normscope.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
+    )
+    environment.globals.update(SYMBOLS=SYMBOLS, count=count)
+    environment.filters.update(number=number, source=source, words=words)
+    return environment
+
+
+def _visible(value: object) -> object:
+    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
+def _json(value: object) -> str:
+    """Write JSON that cannot end the element it stands in."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _template(name: str) -> str:
+    return resources.files("normscope.report").joinpath(f"templates/{name}").read_text(encoding="utf-8")
+
+
+@functools.cache
+def _script() -> str:
+    parts = "\n".join(_template(name) for name in SCRIPTS)
+    return f'"use strict";\n(() => {{\n{parts}\n}})();\n'
+
+
+@functools.cache
+def _plotly() -> str:
+    """Return plotly's source as inert text: a guard character keeps it from closing or opening an element."""
+    return str(get_plotlyjs()).replace("</", f"<{_GUARD}/").replace("<!", f"<{_GUARD}!")
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")

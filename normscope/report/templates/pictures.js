@@ -1,0 +1,46 @@
+// Pictures of findings and of the training: curves as the figures prepared them.
+
+/** Values of a logarithmic axis: what is not positive has no place on it. */
+const placed = (values, log) => (log ? values.map((value) => (value > 0 ? value : null)) : values);
+
+function curveTrace(curve, picture) {
+  if (curve.kind === "rule") return ruleTrace(curve.x, curve.name, curve.color ? "dot" : "solid");
+  const reference = curve.kind === "reference";
+  const y = placed(curve.y, picture.log);
+  const few = y.filter((value) => value !== null).length < 20;
+  const points = picture.mark === "point" && !reference;
+  const ink = reference ? color("reference") : color(`curve-${curve.color}`);
+  const label = curve.text.length ? "%{text}" : escaped(curve.name);
+  return {
+    x: curve.x,
+    y,
+    text: curve.text.map(escaped),
+    mode: points ? "markers" : few && !reference ? "lines+markers" : "lines",
+    line: { color: ink, width: reference ? 1.6 : 2, dash: reference ? "dash" : "solid" },
+    marker: { color: ink, size: points ? 6 : 5 },
+    hovertemplate: `${label}<br>${escaped(axisWord(picture.x))} %{x}: %{y:.4~g}<extra></extra>`,
+  };
+}
+
+/** What a position is called when hovering: "comparable layer" of "comparable layer, in order of execution". */
+const axisWord = (label) => label.split(",")[0];
+
+function makePicture(picture) {
+  return () => {
+    const last = (curve) => (curve.kind === "measured" ? 1 : 0);
+    const ordered = [...picture.curves].sort((a, b) => last(a) - last(b));
+    return {
+      traces: ordered.map((curve) => curveTrace(curve, picture)),
+      layout: layoutOf({
+        xaxis: axis(picture.x, { showgrid: false }),
+        yaxis: axis("", picture.log ? logarithmic(picture.curves.flatMap((curve) => curve.y)) : linear()),
+        yaxis2: ruleAxis,
+      }),
+    };
+  };
+}
+
+for (const figure of document.querySelectorAll("[data-picture]")) {
+  const element = figure.querySelector(".plot");
+  whenNear(element, () => draw(element, makePicture(facts.pictures[figure.dataset.picture])));
+}

@@ -1,0 +1,113 @@
+"""Text: numbers, names and sources as people read them. Names of layers are not trusted anywhere."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+from normscope.core.errors import ArgumentError
+from normscope.core.finding import Finding, Verdict
+from normscope.core.source import cite
+
+SYMBOLS: dict[Verdict, str] = {
+    Verdict.FAILURE: "✕",
+    Verdict.WARNING: "▲",
+    Verdict.UNDECIDED: "?",
+    Verdict.NOTE: "•",
+    Verdict.OK: "✓",
+}
+_PLURALS = {Verdict.UNDECIDED: "undecided", Verdict.OK: "ok"}
+_SHOWN = 8
+
+
+def number(value: object) -> str:
+    """Write a number with four significant digits; text stays as it is.
+
+    Args:
+        value: a number, a text, a list of them, or None.
+
+    Returns:
+        The text.
+
+    >>> number(272474), number(0.000012345), number(float("nan")), number([0.5, 1e9])
+    ('272,474', '1.234e-5', 'NaN', '0.5, 1e9')
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, (list, tuple)):
+        more = f", … ({len(value)} in all)" if len(value) > _SHOWN else ""
+        return ", ".join(number(item) for item in value[:_SHOWN]) + more
+    if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real):
+        return str(value)
+    real = float(value)
+    if not math.isfinite(real):
+        return "NaN" if math.isnan(real) else f"{'-' if real < 0 else ''}∞"
+    if abs(real) < 1e7 and (real == int(real) or abs(real) >= 1e4):
+        return f"{real:,.0f}"
+    if isinstance(value, numbers.Integral):
+        return f"{int(value):,}"
+    digits, _, exponent = f"{real:.4g}".partition("e")
+    return f"{digits}e{int(exponent)}" if exponent else digits
+
+
+def printable(text: str) -> str:
+    """Make control characters, line breaks and direction marks visible, as Python writes them in a string.
+
+    Args:
+        text: any text.
+
+    Returns:
+        A text of one line.
+
+    >>> printable(f"a{chr(0x202E)}b").isascii()
+    True
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def words(name: str) -> str:
+    """Write the name of a number of the evidence as words."""
+    return name.replace("_", " ")
+
+
+def count(verdict: Verdict, n: int) -> str:
+    """Say how many findings have a verdict.
+
+    Args:
+        verdict: the verdict.
+        n: how many.
+
+    Returns:
+        Number and word.
+
+    >>> count(Verdict.NOTE, 1), count(Verdict.NOTE, 2), count(Verdict.OK, 3)
+    ('1 note', '2 notes', '3 ok')
+    """
+    plural = _PLURALS.get(verdict, f"{verdict.value}s")
+    return f"{n} {verdict.value if n == 1 else plural}"
+
+
+def counted(findings: Sequence[Finding]) -> list[tuple[Verdict, int]]:
+    """Count the findings of each verdict that occurs, worst first."""
+    counts = [(verdict, sum(finding.verdict is verdict for finding in findings)) for verdict in Verdict]
+    return [(verdict, n) for verdict, n in counts if n]
+
+
+def source(key: str) -> tuple[str, str]:
+    """Resolve where a number comes from.
+
+    Args:
+        key: a key of the bibliography, or a text as "identity: ...".
+
+    Returns:
+        Title and year with the address ("" where there is none), or the text itself.
+    """
+    try:
+        work = cite(key)
+    except ArgumentError:
+        return key, ""
+    address = work.url if work.url.startswith(("https://", "http://")) else ""
+    return f"{work.title} ({work.year})", address

@@ -1,0 +1,468 @@
+"""Session: one attachment at work: steps, parameter probes, finalization, and writing; never the cause of a stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from normscope.core.errors import StoreError
+from normscope.core.schedule import is_sampled, keeps_arrays
+from normscope.core.site import Site
+from normscope.core.store import Store
+from normscope.norms.recognize import NormParts
+from normscope.probes import layout, normalization, parameters, population, summary
+from normscope.probes.activations import Activations, Calls
+from normscope.probes.problem import Problem
+from normscope.probes.transfer import to_host
+
+log = logging.getLogger("normscope")
+
+PROBES = ("moments", "tails", "parameters", "normalization", "population")
+MAX_CHANNELS = 4096  # wider layers keep scalars only
+_FLUSH_STEPS = 256  # contexts of steps that wait for a sampled step at most
+_GIVE_UP_ROWS = 500_000  # rows that wait for a full disk before they are dropped
+
+
+class Session:
+    """Watches a training run for the hooks; see `normscope.probes.hooks.Watcher`.
+
+    Args:
+        modules: the watched modules, by name.
+        norms: normalization layers among them.
+        named: watched parameters, by name.
+        optimizers: the optimizers whose steps together are one step.
+        store: where the record goes.
+        every: a step is sampled if its index is a multiple.
+        probes: names of the probes that run.
+        problem: held data, or None.
+        scaler: the gradient scaler, or None.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        norms: Mapping[str, NormParts],
+        named: Mapping[str, nn.Parameter],
+        optimizers: Sequence[torch.optim.Optimizer],
+        store: Store,
+        *,
+        every: int,
+        probes: Sequence[str],
+        problem: Problem | None,
+        scaler: Any,
+    ) -> None:
+        """Set the first step up as sampled; see the class."""
+        self.store, self.every, self.problem, self.scaler = store, every, problem, scaler
+        self._modules, self._norms, self._named = modules, norms, named
+        self._probes = set(probes)
+        self._names = {id(parameter): name for name, parameter in named.items()}
+        self._optimizers = tuple(optimizers)
+        self._activations = Activations(norms, self._probes, self._on_site, self.fail)
+        self._order = 0
+        self._known_parameters: set[str] = set()
+        self._samples = 0
+        self._running_before: dict[str, np.ndarray] = {}
+        self._latest: tuple[int, list[tuple[str, summary.Row]]] | None = None
+        self._failed_commits = 0
+        self._rows: dict[int, dict[str, Any]] = {}
+        self._last_row: dict[str, Any] | None = None
+        self._told: set[str] = set()  # of the step just finished
+        self._telling: set[str] = set()  # of the step in progress
+        self._root_runs = False
+        self._judged_inside = False
+        self._scale = self._loss_scale()
+        self.step = 0
+        self.active = False
+        self._begin_step()
+
+    # ---- what the hooks report -------------------------------------------------------------------------------------
+
+    def on_pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> None:
+        """Begin a forward pass of the model: batch size, and whether the scaler skipped the step before."""
+        try:
+            if not torch.is_grad_enabled() or self._suspended:
+                return
+            self._see_skip()
+            self._forwards += 1
+            self._root_runs = True
+            self._batch[training] += layout.batch_size(args, kwargs)
+            if self.active:
+                self._activations.begin_pass()
+        except Exception as error:  # the run goes on
+            self.fail("moments", "", error)
+
+    def on_forward(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object
+    ) -> None:
+        """Measure what a module returned."""
+        try:
+            self._activations.forward(name, module, args, kwargs, output)
+        except Exception as error:  # the run goes on
+            self.fail("moments", name, error)
+
+    def before_step(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
+        """Read settings and gradients, copy weights; with a closure gradients are read afterwards."""
+        try:
+            self._see_skip()
+            mine = self._mine(optimizer)
+            if self.active:
+                self._settings[id(optimizer)] = _settings(optimizer, self._optimizers)
+            if self.active and "parameters" in self._probes:
+                self._copies[id(optimizer)] = parameters.copies(p for _, p in mine)
+            if not has_closure:
+                self._read_gradients(optimizer, mine)
+        except Exception as error:  # the run goes on
+            self.fail("parameters", "", error)
+
+    def after_step(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
+        """Measure updates; when every optimizer has stepped, the step ends."""
+        try:
+            mine = self._mine(optimizer)
+            if has_closure:
+                self._read_gradients(optimizer, mine)
+            before = self._copies.pop(id(optimizer), None)
+            if before is not None and len(before) == len(mine):
+                names, tensors = zip(*mine, strict=True) if mine else ((), ())
+                found = parameters.update_norms(tensors, before)
+                self._norm_states += [(name, "update", norm) for name, norm in zip(names, found, strict=True)]
+        except Exception as error:  # the run goes on
+            self.fail("parameters", "", error)
+        self._judged_inside = getattr(optimizer, "found_inf", None) is not None  # a fused optimizer that may have skipped
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == len(self._optimizers):
+            self._end_step(skipped=False)
+
+    # ---- what the scope asks ---------------------------------------------------------------------------------------
+
+    def annotate(self, values: Mapping[str, Any]) -> None:
+        """Add what the user knows to the step just finished, unless the next one has begun or it has been told already."""
+        known = {name: value for name, value in values.items() if value is not None}
+        begun = self._forwards > 0 if self._root_runs else bool(self._told & set(known))
+        if self._last_row is None or begun:
+            self._telling |= set(known)
+            self._row.update(known)
+        else:
+            self._told |= set(known)
+            self._last_row.update(known)
+            self._rows[self._last_row["step"]] = self._last_row
+
+    def flush(self) -> None:
+        """Write what waits; a full disk is reported once and tried again at the next sampled step."""
+        rows, self._rows = list(self._rows.values()), {}
+        waiting = [(row, name, value) for row in rows for name, value in row.items() if isinstance(value, (list, torch.Tensor))]
+        tensors = [value if isinstance(value, list) else [value] for _, _, value in waiting]
+        host = iter(to_host([t.reshape(-1)[:1] for group in tensors for t in group]))
+        for (row, name, _), group in zip(waiting, tensors, strict=True):
+            total = sum(float(next(host)[0]) for _ in group)
+            row[name] = math.sqrt(total) if isinstance(row[name], list) and total >= 0 else total
+        for row in rows:
+            self.store.step({name: _known(value) for name, value in row.items()})
+        try:
+            self.store.commit()
+            self._failed_commits = 0
+        except StoreError as error:
+            self._failed_commits += 1
+            if self._failed_commits == 1:
+                log.warning("normscope cannot write and keeps the record in memory for now: %s", error)
+            if self.store.waiting > _GIVE_UP_ROWS:
+                log.warning("normscope stops recording: %d rows cannot be written.", self.store.waiting)
+                self.store.drop_waiting()
+                self._probes.clear()
+
+    def finish(self, measure: bool) -> None:
+        """Write the latest full arrays, and a last snapshot of the held batches unless the run broke off."""
+        try:
+            self._see_skip()
+            self.active = False
+            self._activations.discard()
+            if self._latest is not None:
+                step, rows = self._latest
+                fresh = self._snapshot(step) if measure else []
+                for phase, row in fresh:
+                    self.store.scalars(step, row.site, phase, row.role, row.stats, row.values)
+                for phase, row in [*rows, *fresh]:
+                    self._write_arrays(step, phase, row)
+        except Exception as error:  # the record so far is worth more than its last arrays
+            self.fail("population", "", error)
+        try:
+            self.flush()
+        except Exception as error:  # as a device that was lost: the user's own error matters more
+            log.warning("normscope could not write its last steps: %s", error)
+
+    def fail(self, probe: str, site: str, error: Exception) -> None:
+        """Switch a probe off and say so, once."""
+        if probe not in self._probes:
+            return
+        self._probes.discard(probe)
+        message = f"{probe}: {type(error).__name__}: {error}"
+        log.warning("normscope switched a probe off at step %d, %s: %s", self.step, site or "the model", message)
+        self.store.event(self.step, "probe-failed", site, message)
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def _begin_step(self) -> None:
+        self._forwards = 0
+        self._batch = {True: 0, False: 0}
+        self._suspended = False
+        self._squares: dict[int, list[torch.Tensor]] = {}
+        self._stepped: set[int] = set()
+        self._copies: dict[int, list[torch.Tensor]] = {}
+        self._settings: dict[int, list[dict[str, Any]]] = {}
+        self._norm_states: list[tuple[str, str, torch.Tensor]] = []
+        self.active = is_sampled(self.step, self.every) and bool(self._probes)
+        self._row: dict[str, Any] = dict.fromkeys(("loss", "grad_norm"))
+        self._row |= {"step": self.step, "sampled": self.active, "batch_size": None, "loss_scale": self._scale, "skipped": False}
+
+    def _end_step(self, skipped: bool) -> None:
+        sampled, self.active = self.active, False
+        row = self._row
+        row["skipped"] = skipped
+        row["batch_size"] = row["batch_size"] or self._batch[True] or self._batch[False] or None
+        self._rows[self.step] = self._last_row = row
+        self._told, self._telling = self._telling, set()
+        try:
+            if sampled:
+                self._sample()
+            if sampled or len(self._rows) >= _FLUSH_STEPS:
+                self.flush()
+        except Exception as error:  # the run goes on
+            for probe in sorted(self._probes):
+                self.fail(probe, "", error)
+        self._activations.discard()
+        self.step += 1
+        self._begin_step()
+
+    def _see_skip(self) -> None:
+        """Close the step before as skipped if the scaler has lowered its scale since: it lowers it only then."""
+        if self.scaler is None:
+            return
+        scale, before = self._loss_scale(), self._scale
+        if scale is not None and before is not None and scale < before:
+            if self._judged_inside and self._last_row is not None and not self._stepped:
+                self._last_row["skipped"] = True
+                self._rows[self._last_row["step"]] = self._last_row
+            else:
+                self._end_step(skipped=not self._stepped)
+        self._judged_inside = False
+        self._scale = self._row["loss_scale"] = scale
+
+    def _loss_scale(self) -> float | None:
+        return None if self.scaler is None else float(self.scaler.get_scale())
+
+    # ---- parameters ------------------------------------------------------------------------------------------------
+
+    def _mine(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:
+        if not self.active:
+            return []
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        return [(self._names[id(p)], p) for p in held if id(p) in self._names and not is_lazy(p)]
+
+    def _read_gradients(self, optimizer: torch.optim.Optimizer, mine: list[tuple[str, torch.Tensor]]) -> None:
+        held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        given = self._row["grad_norm"]
+        scale = getattr(optimizer, "grad_scale", None)  # set only while a fused optimizer undoes the scale itself
+        squares = parameters.squared_norm(held)
+        if scale is not None:
+            squares = [square / scale.to(square.device).square() for square in squares]
+        self._squares[id(optimizer)] = squares  # of its last step, where it steps more often than the others
+        if given is None or isinstance(given, list):
+            self._row["grad_norm"] = [square for some in self._squares.values() for square in some]
+        if not self.active or "parameters" not in self._probes:
+            return
+        values = self._copies.get(id(optimizer), [])  # weights before the step, also when it calls a closure
+        values = values if len(values) == len(mine) else [p for _, p in mine]
+        with_gradient = [(name, p) for name, p in mine if p.grad is not None]
+        for role, tensors in (("value", values), ("gradient", [p.grad for _, p in with_gradient])):
+            names = [name for name, _ in (mine if role == "value" else with_gradient)]
+            found = parameters.norms([t for t in tensors if t is not None])
+            if role == "gradient" and scale is not None:
+                found = [norm / scale.to(norm.device) for norm in found]
+            self._norm_states += [(name, role, norm) for name, norm in zip(names, found, strict=True)]
+
+    # ---- finalization of a sampled step ----------------------------------------------------------------------------
+
+    def _sample(self) -> None:
+        rows = [("train", row) for row in self._measured_rows()]
+        self._samples += 1
+        keep = keeps_arrays(self._samples - 1)
+        if keep:
+            rows += self._snapshot(self.step)
+        for phase, row in rows:
+            self.store.scalars(self.step, row.site, phase, row.role, row.stats, row.values)
+            if keep:
+                self._write_arrays(self.step, phase, row)
+        self._latest = None if keep else (self.step, rows)
+        for settings in self._settings.values():
+            for group in settings:
+                self.store.group({"step": self.step, **group})
+
+    def _write_arrays(self, step: int, phase: str, row: summary.Row) -> None:
+        for stat, array in row.arrays.items():
+            if len(array) <= MAX_CHANNELS:
+                self.store.array(step, row.site, phase, row.role, stat, array)
+
+    def _measured_rows(self) -> list[summary.Row]:
+        measured, calls, running = self._activations.collect()
+        vectors = self._vectors()
+        tensors = [m.state for m in measured] + [n for *_, n in self._norm_states] + [*vectors.values(), *running.values()]
+        host = iter(to_host(tensors))
+        states = [next(host) for _ in measured]
+        rows = []
+        for probe in ("moments", "tails"):
+            here = [i for i, m in enumerate(measured) if m.probe == probe]
+            sites = [(measured[i].site, measured[i].role) for i in here]
+            rows += summary.summarize(probe, sites, [states[i] for i in here], self._row["loss_scale"] or 1.0)
+        rows += self._parameter_rows([float(next(host)) for _ in self._norm_states], {name: next(host) for name in vectors})
+        inputs = {m.site: state for m, state in zip(measured, states, strict=True) if m.probe in ("batch", "areas")}
+        found = {name: next(host) for name in running}
+        return rows + self._norm_rows(inputs, found, calls)
+
+    def _vectors(self) -> dict[str, torch.Tensor]:
+        """Return gains and biases of normalization layers, and counters of batches."""
+        if "normalization" not in self._probes:
+            return {}
+        vectors: dict[str, torch.Tensor] = {}
+        for name, parts in self._norms.items():
+            for part in (parts.gain, parts.bias, "num_batches_tracked" if parts.has_running else None):
+                tensor = getattr(self._modules[name], part, None) if part else None
+                if isinstance(tensor, torch.Tensor) and tensor.numel() <= MAX_CHANNELS:
+                    vectors[f"{name}/{part}"] = tensor.detach()
+        return vectors
+
+    def _parameter_rows(self, norms: list[float], vectors: Mapping[str, np.ndarray]) -> list[summary.Row]:
+        scalars: dict[tuple[str, str], dict[str, float]] = {}
+        for (name, role, _), norm in zip(self._norm_states, norms, strict=True):
+            size = self._named[name].numel()
+            scalars[self._parameter_site(name), role] = {"norm": norm, "rms": norm / math.sqrt(max(size, 1))}
+        for site, array in vectors.items():
+            if not site.endswith("/num_batches_tracked"):
+                scalars.setdefault((site, "value"), {})
+        self._counters = {site.rpartition("/")[0]: float(a) for site, a in vectors.items() if a.ndim == 0 and "num_batches" in site}
+        return [
+            summary.channel_row(site, role, _value(vectors, site, role), found) for (site, role), found in scalars.items()
+        ]
+
+    def _parameter_site(self, name: str) -> str:
+        module, _, slot = name.rpartition(".")
+        site = str(Site(module, 0, slot))
+        if name not in self._known_parameters:
+            self._known_parameters.add(name)
+            parameter = self._named[name]
+            place = next(
+                ((group["optimizer"], group["group"]) for o in self._optimizers for group in _settings(o, self._optimizers)
+                 if any(p is parameter for p in o.param_groups[group["group"]]["params"])),
+                ("", None),
+            )
+            self._on_site(
+                site,
+                {
+                    "module": module,
+                    "call": 0,
+                    "slot": slot,
+                    "class": "Parameter",
+                    "shape": list(parameter.shape),
+                    "dtype": str(parameter.dtype).removeprefix("torch."),
+                    "trainable": parameter.requires_grad,
+                    "optimizer": place[0],
+                    "group": place[1],
+                },
+            )
+        return site
+
+    def _norm_rows(
+        self, inputs: Mapping[str, np.ndarray], running: Mapping[str, np.ndarray], calls: Mapping[str, Calls]
+    ) -> list[summary.Row]:
+        rows = []
+        for site, (count, mean, m2) in inputs.items():
+            name = site.rpartition("/")[0].partition("#")[0]
+            parts, variance = self._norms[name], m2 / count
+            stats = {"mean": mean, "var": variance}
+            if parts.eps is not None:
+                stats["eps_weight"] = normalization.eps_weight(mean, variance, parts.eps, parts.kind == "rms")
+            batch = calls[name].batch if name in calls else math.nan
+            rows.append(summary.channel_row(site, "value", stats, {"count": float(count[0]), "batch": batch}))
+        for name, (mean, variance) in running.items():
+            rows.append(self._running_row(name, mean, variance, inputs.get(f"{name}/input"), calls.get(name, Calls())))
+        return rows
+
+    def _running_row(
+        self, name: str, mean: np.ndarray, variance: np.ndarray, batch: np.ndarray | None, calls: Calls
+    ) -> summary.Row:
+        site = f"{name}/running"
+        if name not in self._running_before:
+            self._on_site(site, {"module": name, "call": 0, "slot": "running", **normalization.attributes(self._norms[name])})
+        stats = {"mean": mean, "var": variance}
+        if batch is not None and self._norms[name].kind == "batch":
+            count, batch_mean, m2 = batch
+            stats["drift"] = normalization.drift(batch_mean, m2 / np.maximum(count - 1, 1), mean, variance)
+        before = self._running_before.get(name)
+        self._running_before[name] = now = np.stack((mean, variance))
+        spread = np.linalg.norm(np.sqrt(np.abs(variance)))
+        scalars = {
+            "updates": self._counters.get(name, math.nan),
+            "calls": calls.calls,
+            "recomputed": calls.recomputed,
+            "silent": calls.silent,
+            "training": float(calls.training) if calls.calls else math.nan,
+            "change": math.nan if before is None else float(np.linalg.norm((now - before)[0]) / max(spread, 1e-300))
+            + float(np.linalg.norm((now - before)[1]) / max(float(np.linalg.norm(variance)), 1e-300)),
+        }
+        return summary.channel_row(site, "value", stats, scalars)
+
+    def _snapshot(self, step: int) -> list[tuple[str, summary.Row]]:
+        if self.problem is None or "population" not in self._probes:
+            return []
+        active, self.active, self._suspended = self.active, False, True
+        try:
+            found = population.measure(self.problem, self._norms)
+        except Exception as error:  # the run goes on
+            self.fail("population", "", error)
+            return []
+        finally:
+            self.active, self._suspended = active, False
+        if step == 0 and not self._activations.knows("", 0, "output"):
+            self._on_site(str(Site("", 0, "output")), {"module": "", "call": 0, "slot": "output", "class": "model"})
+        return [(phase, row) for phase, rows in found.items() for row in rows]
+
+    def _on_site(self, site: str, attributes: dict[str, object]) -> None:
+        self.store.site(site, {**attributes, "order": self._order})
+        self._order += 1
+        if attributes.get("note"):
+            self.store.event(self.step, "unmeasured", site, str(attributes["note"]))
+
+
+def _settings(optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    """Return learning rate, momentum and decay of each parameter group, as the optimizer will use them now."""
+    kind = type(optimizer).__name__
+    alike = [o for o in optimizers if type(o).__name__ == kind]
+    label = kind if len(alike) == 1 else f"{kind} {next(i for i, o in enumerate(alike) if o is optimizer)}"
+    return [
+        {
+            "optimizer": label,
+            "group": number,
+            "lr": _known(group.get("lr")),
+            "momentum": _known(group.get("momentum", (group.get("betas") or (None,))[0])),
+            "decay": _known(group.get("weight_decay")),
+        }
+        for number, group in enumerate(optimizer.param_groups)
+    ]
+
+
+def _known(value: Any) -> Any:
+    """Return a number for the store: None stays unknown, NaN becomes infinity, for both say "not finite"."""
+    if value is None or isinstance(value, (str, int)):
+        return value
+    number = float(value)
+    return math.inf if math.isnan(number) else number
+
+
+def _value(vectors: Mapping[str, np.ndarray], site: str, role: str) -> dict[str, np.ndarray]:
+    array = vectors.get(site)
+    return {} if array is None or role != "value" else {"value": array.reshape(-1)}

@@ -1,0 +1,22 @@
+"""Small reference models, bundled data and a plain trainer: what the demo, comparisons and analyses run on."""
+
+from __future__ import annotations
+
+from normscope.workbench.data import batches, mnist, split, text, windows
+from normscope.workbench.models import mlp, residual_cnn, transformer
+from normscope.workbench.train import accuracy, cross_entropy, evaluate, fit
+
+__all__ = [
+    "accuracy",
+    "batches",
+    "cross_entropy",
+    "evaluate",
+    "fit",
+    "mlp",
+    "mnist",
+    "residual_cnn",
+    "split",
+    "text",
+    "transformer",
+    "windows",
+]

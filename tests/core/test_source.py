@@ -1,0 +1,73 @@
+import re
+
+import pytest
+
+from normscope.core.errors import ArgumentError
+from normscope.core.source import ALIASES, FURTHER, cite
+from normscope.core.survey import works
+
+# what the address of each work contains, mostly its arXiv number, written down here independently of the tables
+ADDRESS = {
+    "glorot2010": "glorot10a",
+    "ioffe2015": "1502.03167",
+    "summers2020": "1906.03548",
+    "ioffe2017": "1702.03275",
+    "wu2021": "2105.07576",
+    "yang2019": "1902.08129",
+    "nado2020": "2006.10963",
+    "li2016": "1603.04779",
+    "saxe2014": "1312.6120",
+    "he2015delving": "1502.01852",
+    "chen2016": "1604.06174",
+    "schoenholz2017": "1611.01232",
+    "hanin2018": "1803.01719",
+    "micikevicius2018": "1710.03740",
+    "lu2019": "1903.06733",
+    "luther2019": "1902.04942",
+    "huang2020": "2009.12836",
+    "schneider2020": "85690f81aadc1749175c187784afc9ee",
+    "dettmers2022": "2208.07339",
+    "kosson2023": "2305.17212",
+    "wortsman2023": "2309.14322",
+    "sun2024": "2402.17762",
+}
+
+
+@pytest.mark.parametrize(("key", "part"), ADDRESS.items())
+def test_short_keys_lead_to_their_paper(key, part):
+    source = cite(key)
+    assert part in source.url
+    assert str(source.year) in key
+    assert source.title in str(source)
+
+
+def test_every_short_key_is_checked():
+    assert {*ALIASES} | {source.key for source in FURTHER} == {*ADDRESS}
+
+
+def test_every_work_of_the_catalog_resolves():
+    for work in works():
+        source = cite(work.id)
+        assert (source.key, source.title, source.year, source.url) == (work.id, work.title, work.year, work.paper)
+
+
+def test_no_work_is_listed_twice():
+    pattern = re.compile(r"\d{4}\.\d{4,5}")
+    surveyed = {match.group() for work in works() if (match := pattern.search(work.paper))}
+    further = {match.group() for source in FURTHER if (match := pattern.search(source.url))}
+    assert surveyed.isdisjoint(further)
+    titles = {work.title.casefold() for work in works()}
+    assert titles.isdisjoint(source.title.casefold() for source in FURTHER)
+    keys = [source.key for source in FURTHER] + list(ALIASES)
+    assert len({*keys}) == len(keys)
+
+
+def test_text_leaves_out_an_absent_address():
+    assert str(cite("glorot2010")).endswith("(2010), https://proceedings.mlr.press/v9/glorot10a.html")
+    assert cite("S173").url == ""
+    assert str(cite("S173")).endswith(f"({cite('S173').year})")
+
+
+def test_unknown_key_offers_the_close_ones():
+    with pytest.raises(ArgumentError, match=r"key='ioffe2016' is unknown; did you mean 'ioffe201[57]'"):
+        cite("ioffe2016")

@@ -1,0 +1,5 @@
+"""Recorded numbers of normscope.norms.families.mixtures."""
+
+KEYS = ()
+
+ONCE = ()

@@ -1,0 +1,5 @@
+"""Recorded numbers of normscope.norms.families.modern."""
+
+KEYS = ()
+
+ONCE = ()

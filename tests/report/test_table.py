@@ -1,0 +1,56 @@
+"""The table of findings for a terminal."""
+
+import re
+
+import pytest
+
+from normscope.core.finding import Finding, Verdict
+from normscope.report.table import findings_table
+from tests.report.records import Run, findings_of
+
+
+@pytest.fixture(scope="module")
+def findings():
+    return findings_of(Run(12, 8).record())
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 160, 240])
+def test_it_keeps_to_the_width_and_says_everything(findings, width):
+    text = findings_table(findings, width)
+    lines = text.splitlines()
+    assert max(len(line) for line in lines if not re.match(r"\S \w+ +\S+\.", line)) <= width
+    flat = " ".join(text.split())
+    assert lines[-1] == "2 failures, 6 warnings, 2 undecided, 3 notes, 4 ok"
+    for finding in findings:
+        assert finding.id in flat
+    if width >= 160:
+        assert max(map(len, lines)) <= width
+        assert lines[0].split() == ["verdict", "id", "site", "step", "message"]
+    else:
+        assert all(" ".join(finding.message.split()) in flat for finding in findings)
+
+
+def test_the_worst_come_first(findings):
+    words = re.findall(r"^\S (failure|warning|undecided|note|ok)\b", findings_table(findings[::-1], 80), re.M)
+    assert words == ["failure"] * 2 + ["warning"] * 6 + ["undecided"] * 2 + ["note"] * 3 + ["ok"] * 4
+
+
+def test_it_is_colored_only_where_asked_or_on_a_terminal(findings, monkeypatch):
+    assert "\x1b" not in findings_table(findings, 80)
+    assert "\x1b[31;1m✕ failure\x1b[0m" in findings_table(findings, 80, color=True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert "\x1b" in findings_table(findings, 80)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in findings_table(findings, 80)
+
+
+def test_names_cannot_speak_to_the_terminal():
+    finding = Finding("a.b", Verdict.NOTE, "look\x1b[2J\nat this", site="x\x1b]0;title\x07/output")
+    text = findings_table([finding], 80)
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "x\\x1b]0;title\\x07/output" in text
+
+
+def test_it_says_when_there_is_none():
+    assert findings_table([], 80) == "no findings"
