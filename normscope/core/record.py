@@ -220,13 +220,15 @@ class Record:
         Returns:
             float32 frame; NaN where a site was not measured at a step.
         """
-        columns: dict[str, pd.Series] = {}
+        columns: dict[str, list[pd.Series]] = {}
         for block in self.blocks:
             slot_matches = fnmatchcase(block.site.rpartition("/")[2], slot)
             if slot_matches and (block.phase, block.role) == (phase, role) and stat in block.stats:
-                columns[block.site] = pd.Series(block.values[:, block.stats.index(stat)], index=block.steps)
+                part = pd.Series(block.values[:, block.stats.index(stat)], index=block.steps)
+                columns.setdefault(block.site, []).append(part)
         order = [site for site in self.sites["site"] if site in columns] if len(self.sites) else []
-        return pd.DataFrame({site: columns[site] for site in order}).rename_axis("step")
+        joined = {site: pd.concat(columns[site]).sort_index() for site in order}  # statistics may change during a run
+        return pd.DataFrame(joined).rename_axis("step")
 
     def to_csv(self, path: str | Path) -> Path:
         """Write `frame()` as CSV and return the path."""

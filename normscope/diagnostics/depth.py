@@ -14,8 +14,9 @@ from normscope.metrics import propagation as metrics
 FACTOR = 1e3  # ratio of magnitudes between the ends of the network, or of the run; origin: FACTOR_SOURCE
 SEVERE_FACTOR = 2.0**23  # 1 / eps of float32: beside the larger end the smaller one has no digit left
 FACTOR_SOURCE = (
-    "measured: over depth, networks that train well stay below 30 (residual CNN, pre-norm transformer, perceptrons, "
-    "with and without normalization) and those built with a wrong gain are above 1e4"
+    "measured: in 40 runs that train well (residual CNNs, transformers, perceptrons to 16 layers) the ends of the "
+    "network differ by less than 25 and outputs grow by less than 60; with a wrong gain the ends differ by more than "
+    "7000"
 )
 _SCAN = 32  # rows looked at to date an onset
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
+from normscope.core.estimate import Status
 from normscope.core.finding import Finding, Verdict
 from normscope.core.record import Record
 from normscope.diagnostics.rule import Rule
@@ -120,35 +123,29 @@ def running_statistics(record: Record) -> list[Finding]:
             "Attach with the probe 'normalization', for at least one training step.",
         )
     beyond = judged[judged["excess"] > 1]
-    top = judged.iloc[0]
-    evidence = _drift_evidence(top) | {"layers_beyond": len(beyond), "layers": len(judged)}
-    said = f"{top.name}: batch and running statistics of the median channel differ by {top['drift']:.3g} nats, "
-    said += f"sampling explains {top['expected']:.2g} (threshold {top['limit']:.2g})"
-    if not len(beyond):
-        return RUNNING_STATISTICS.ok(f"{said}.", evidence)
-    if not beyond["warm"].any():
-        return RUNNING_STATISTICS.undecided(
-            f"{said}, but after {top['updates']:.0f} updates the average still holds {top['initial']:.0%} of its "
-            "initial value.",
-            "Train on and look again.",
-            evidence=evidence,
-        )
     alone = beyond[beyond["warm"] & ~beyond["shared"]]
-    sites = (alone if len(alone) else beyond).index.tolist()
-    top = beyond.loc[sites[0]]
-    series = tables.table(record, "drift.q50", slot="running")[sites[0]].dropna()
-    return RUNNING_STATISTICS.found(
-        Verdict.WARNING if len(alone) else Verdict.NOTE,
-        f"{sites[0]}: batch and running statistics of the median channel differ by {top['drift']:.3g} nats, sampling "
-        f"explains {top['expected']:.2g} (threshold {top['limit']:.2g}); {len(beyond)} of {len(judged)} layers are "
-        "beyond it.",
-        sites=sites,
+    top = (alone if len(alone) else judged).iloc[0]
+    rule = replace(RUNNING_STATISTICS, threshold=float(top["limit"]))
+    evidence = _drift_evidence(top) | {"layers_beyond": len(beyond), "layers": len(judged)}
+    said = (
+        f"{top.name}: batch and running statistics of the median channel differ by {top['drift']:.3g} nats, sampling "
+        f"explains {top['expected']:.2g} (threshold {top['limit']:.2g}), at {len(beyond)} of {len(judged)} layers more"
+    )
+    if not len(beyond):
+        return rule.ok(f"{said}.", evidence)
+    if not beyond["warm"].any():
+        young = f"after {top['updates']:.0f} updates the average still holds {top['initial']:.0%} of its initial value"
+        return rule.undecided(f"{said}, but {young}.", "Train on and look again.", evidence=evidence)
+    series = tables.table(record, "drift.q50", slot="running")[str(top.name)].dropna()
+    mixed = not len(alone)
+    return rule.found(
+        Verdict.NOTE if mixed else Verdict.WARNING,
+        f"{said}.",
+        sites=(beyond if mixed else alone).index.tolist(),
         step=tables.onset(series > top["limit"]),
-        evidence=_drift_evidence(top) | {"layers_beyond": len(beyond), "layers": len(judged)},
-        cause=None
-        if len(alone)
-        else "The layer runs several times in a pass, so its statistics mix several populations.",
-        remedy=None if len(alone) else "Give each call its own normalization layer, or one without running statistics.",
+        evidence=evidence,
+        cause="The layer runs several times in a pass, so its statistics mix several populations." if mixed else None,
+        remedy="Give each call its own normalization layer, or one without running statistics." if mixed else None,
     )
 
 
@@ -166,27 +163,31 @@ def train_eval_gap(record: Record) -> list[Finding]:
         return []
     gap, (batch, population) = metrics.gap(record), metrics.losses(record)
     if not gap.usable:
+        missing = gap.status is Status.NOT_RECORDED
         return TRAIN_EVAL_GAP.undecided(
             f"Training and evaluation were not compared at {len(frame)} layers with running statistics: "
             f"{gap.status.value}.",
-            "Pass problem=ns.Problem(model, loss, batches) to attach.",
+            "Pass problem=ns.Problem(model, loss, batches) to attach."
+            if missing
+            else "See propagation.non-finite first.",
         )
     evidence = {"gap": gap.value, "loss_batch": batch, "loss_population": population, "samples": gap.n}
     bad = _worse(record, GAP, LOSS_RATIO)
     loss_ratio, apart = (LOSS_RATIO, GAP) if bad else (LOSS_RATIO_NOTICEABLE, GAP_NOTICEABLE)
+    rule = replace(TRAIN_EVAL_GAP, threshold=loss_ratio)
     said = (
         f"On {gap.n} held samples the loss is {population:.3g} with running and {batch:.3g} with batch statistics "
         f"(threshold {loss_ratio:g} times), and the outputs lie {gap.value:.2g} of their norm apart (threshold {apart})"
     )
     if not _worse(record, GAP_NOTICEABLE, LOSS_RATIO_NOTICEABLE):
-        return TRAIN_EVAL_GAP.ok(f"{said}.", evidence)
+        return rule.ok(f"{said}.", evidence)
     if not frame["warm"].all() and (frame["training"] != 0).all():
-        return TRAIN_EVAL_GAP.undecided(
+        return rule.undecided(
             f"{said}, but running statistics have seen only {frame['updates'].min():.0f} batches.",
             "Train on and look again.",
             evidence=evidence,
         )
-    return TRAIN_EVAL_GAP.found(
+    return rule.found(
         Verdict.FAILURE if bad and gap.value > 1 else Verdict.WARNING if bad else Verdict.NOTE,
         f"{said}.",
         sites=frame.index.tolist(),
@@ -345,7 +346,7 @@ def evaluation_mode(record: Record) -> list[Finding]:
             f"{said}; no drift was recorded.", "Attach with the probe 'normalization'.", evidence=evidence
         )
     disagree = top["excess"] > 1
-    return EVALUATION_MODE.found(
+    return replace(EVALUATION_MODE, threshold=float(top["limit"])).found(
         Verdict.WARNING if disagree else Verdict.NOTE,
         f"{said}; batches differ from the stored statistics by {top['drift']:.3g} nats (threshold {top['limit']:.2g}).",
         sites=frozen.index.tolist(),
@@ -374,15 +375,18 @@ def tiny_variance(record: Record) -> list[Finding]:
     beyond = frame[(frame["value"] > TINY) | (frame["gain"] > GAIN)]
     noticed = beyond if len(beyond) else frame[frame["value"] > TINY_NOTICEABLE]
     top = (noticed if len(noticed) else frame).iloc[0]
+    floor = TINY if len(beyond) or not len(noticed) else TINY_NOTICEABLE
     said = (
         f"{top['site']}: {top['value']:.0%} of {top['n']} channels have a running variance below eps (threshold "
-        f"{TINY:.0%}), and inference multiplies a channel by up to {top['gain']:.3g} (threshold {GAIN:g})."
+        f"{floor:.0%}), and inference multiplies a channel by up to {top['gain']:.3g} (threshold {GAIN:g})."
     )
     evidence = {"fraction": float(top["value"]), "gain": float(top["gain"]), "layers_beyond": len(beyond)}
     if not len(noticed):
         return TINY_VARIANCE.ok(said, evidence)
     verdict = Verdict.WARNING if len(beyond) else Verdict.NOTE
-    return TINY_VARIANCE.found(verdict, said, sites=noticed["site"].tolist(), evidence=evidence)
+    return replace(TINY_VARIANCE, threshold=floor).found(
+        verdict, said, sites=noticed["site"].tolist(), evidence=evidence
+    )
 
 
 def _layers(record: Record) -> pd.DataFrame:

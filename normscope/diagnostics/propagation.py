@@ -31,7 +31,7 @@ SIGNAL_EXPLODING = Rule(
     id="propagation.signal-exploding",
     threshold=FACTOR,
     threshold_source=FACTOR_SOURCE,
-    source="he2015",
+    source="he2015delving",
     cause="Each layer multiplies the signal by more than 1: the weights are too large for their fan-in, or residual "
     "branches add up without a scale.",
     remedy="Initialize with torch.nn.init.kaiming_normal_ (ReLU) or xavier_normal_ (tanh), put a normalization layer "
@@ -70,7 +70,8 @@ GRADIENT_VANISHING = Rule(
 DEAD_UNITS = Rule(
     id="propagation.dead-units",
     threshold=DEAD,
-    threshold_source="measured: healthy ReLU networks stay below 0.2, those with biases pushed down are above 0.9",
+    threshold_source="measured: in healthy networks at most 0.25 are dead (0.5 in a bottleneck of 4 units), above 0.9 "
+    "where a bias or a large step killed them",
     source="lu2019",
     cause="Units whose input is negative for every sample output zero and get no gradient, so they never come back; a "
     "large step or a large negative bias brings them there.",
@@ -362,7 +363,7 @@ def eps_dominates(record: Record) -> list[Finding]:
             f"eps is at most {value:.2g} of a denominator ({site}; threshold {EPS_WEIGHT}).", evidence
         )
     floor, verdict = (EPS_WEIGHT, Verdict.WARNING) if value > EPS_WEIGHT else (EPS_NOTICEABLE, Verdict.NOTE)
-    return EPS_DOMINATES.found(
+    return replace(EPS_DOMINATES, threshold=floor).found(
         verdict,
         f"{site}: eps makes up {value:.0%} of variance + eps in the median channel or token (threshold {floor:.0%}).",
         sites=frame.loc[frame["value"] > floor, "site"].tolist(),

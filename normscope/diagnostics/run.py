@@ -89,7 +89,7 @@ def unmeasured(record: Record) -> list[Finding]:
     Returns:
         One finding, none where the record holds no sites.
     """
-    notes = tables.attributes(record)["note"].fillna("").astype(str)
+    notes = tables.attributes(record)["note"].astype(str)
     if not len(notes):
         return []
     left = notes[notes != ""]

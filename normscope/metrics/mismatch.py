@@ -56,7 +56,7 @@ def running_layers(record: Record) -> pd.DataFrame:
     steps = float(record.steps[-1] - record.steps[0] + 1) if len(record.steps) else 0.0
     images = float(tables.context(record)["batch_size"].astype(float).median())
     last = updates.ffill().tail(1).sum(min_count=1).reindex(sites).fillna(steps)
-    samples = batch.reindex([f"{module}/input" for module in modules]).set_axis(sites).fillna(images)
+    samples = batch.reindex([f"{module}/input" for module in modules]).set_axis(sites).fillna(images).clip(lower=1)
     late = tables.late_medians(divergence.iloc[len(divergence) // 2 :]).set_index("site")["value"].reindex(sites)
     weight = momentum.fillna(1 / last.clip(lower=1)).clip(0, 1)
     return pd.DataFrame(
@@ -108,10 +108,9 @@ def stillness(record: Record) -> pd.DataFrame:
     rows, since = [], []
     for site in dict.fromkeys([*tracked["updates"], *tracked["change"]]):
         updates, change, training = (tracked[name].get(site, pd.Series(dtype=float)) for name in tracked)
-        counted = updates.dropna().diff().iloc[1:].eq(0)
-        unchanged = change.dropna().eq(0)
-        still = pd.concat([counted, unchanged], axis=1).astype("boolean").any(axis=1).astype(bool)
-        still &= training.reindex(still.index).eq(1)
+        mode = training.iloc[1:]
+        counted, moved = updates.dropna().diff().reindex(mode.index), change.reindex(mode.index)
+        still = ((counted.eq(0) | moved.eq(0)) & mode.eq(1))[counted.notna() | moved.notna()]
         start = tables.onset(still)
         length = 0 if start is None else int((still.index >= start).sum())
         rows.append((str(site), length / max(len(still), 1), 0.0, len(still)))
@@ -135,7 +134,8 @@ def extra_updates(record: Record) -> pd.DataFrame:
         well, which those of a teacher network do not.
     """
     names = ("calls", "recomputed", "silent", "updates")
-    calls, recomputed, silent, updates = (tables.table(record, name, slot="running") for name in names)
+    tracks = (tables.table(record, name, slot="running") for name in names)
+    calls, recomputed, silent, updates = (table.where(np.isfinite(table)) for table in tracks)
     rows, means = [], []
     for site in dict.fromkeys([*calls, *recomputed, *silent]):
         tracked = updates[site].dropna() if site in updates else pd.Series(dtype=float)

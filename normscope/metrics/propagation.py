@@ -58,7 +58,7 @@ def comparable(record: Record) -> list[str]:
     """
     known = tables.attributes(record)
     output = known["slot"].isin(["output", "output.0"])
-    kind = known["class"].fillna("").astype(str)
+    kind = known["class"].astype(str)
     follower = {before: site for site, before in known.loc[output & known["norm"].notna(), "predecessor"].items()}
     weighted = known.index[output & known["norm"].isna() & kind.str.contains(_WEIGHTED)].tolist()[:-1]
     active = known.index[output & known["activation"].isin(["relu", "bounded"])].tolist()
@@ -200,8 +200,8 @@ def unused_fraction(record: Record) -> pd.DataFrame:
         Estimates by site; n is the number of steps.
     """
     known = tables.attributes(record)
-    judged = set(known.loc[known["activation"] == "relu", "predecessor"].dropna())
-    affine = known["norm"].notna() | known["class"].fillna("").astype(str).str.contains(_WEIGHTED)
+    judged = set(known.loc[known["activation"] == "relu", "predecessor"])
+    affine = known["norm"].notna() | known["class"].astype(str).str.contains(_WEIGHTED)
     sites = [site for site in known.index[affine] if site not in judged]
     rows = []
     for site, (steps, rms) in tables.arrays(record, "rms", role="gradient").items():
@@ -240,9 +240,7 @@ def saturation(record: Record) -> pd.DataFrame:
         Estimates by site; a bounded activation after the last weighted layer, which may saturate rightly, is left out.
     """
     known = tables.attributes(record)
-    weighted = np.flatnonzero(
-        known["class"].fillna("").astype(str).str.contains(_WEIGHTED) & (known["slot"] == "output")
-    )
+    weighted = np.flatnonzero(known["class"].astype(str).str.contains(_WEIGHTED) & (known["slot"] == "output"))
     hidden = known.iloc[: weighted[-1]] if len(weighted) else known
     sites = hidden.index[hidden["activation"] == "bounded"]
     frame = tables.table(record, "saturated")
@@ -293,7 +291,7 @@ def nonfinite_sites(record: Record) -> pd.DataFrame:
             for step, row in zip(count.index, (count > 0).to_numpy(bool), strict=True):
                 hit = count.columns[row & (before == masked)]
                 if len(hit):
-                    channels = int(count[hit[0]].loc[step])
+                    channels = int(min(count[hit[0]].loc[step], 2**31))
                     found.setdefault(int(step), (int(step), str(hit[0]), role, channels, int(row.sum())))
     return pd.DataFrame([found[step] for step in sorted(found)], columns=["step", "site", "role", "channels", "sites"])
 

@@ -65,12 +65,14 @@ def attributes(record: Record) -> pd.DataFrame:
 
     Returns:
         The columns module, call, slot, class, shape, channels, order, predecessor, activation, norm, eps, momentum,
-        has_running and note; NaN where the record says nothing.
+        has_running and note; where the record says nothing, "" for class, predecessor, activation and note, else NaN.
     """
     frame = record.sites.reindex(columns=["site", *_ATTRIBUTES])
     frame = frame.drop_duplicates("site", keep="last").set_index("site")
     frame["module"] = [module_of(str(site)) for site in frame.index]
     frame["slot"] = [str(site).rpartition("/")[2] for site in frame.index]
+    for name in ("class", "predecessor", "activation", "note"):
+        frame[name] = frame[name].astype(object).where(frame[name].notna(), "")
     frame["call"] = pd.to_numeric(frame["call"], errors="coerce").fillna(0)
     frame["order"] = pd.to_numeric(frame["order"], errors="coerce").astype(float)
     return frame.sort_values("order", kind="stable", na_position="last")
@@ -107,15 +109,20 @@ def table(
     Returns:
         float64; NaN where a site was not measured at a step. Empty where nothing matches.
     """
-    parts: dict[str, list[pd.Series]] = {}
-    for block in record.blocks:
-        if (block.phase, block.role) == (phase, role) and stat in block.stats:
-            if not fnmatchcase(block.site.rpartition("/")[2], slot):
-                continue
-            values = block.values[:, block.stats.index(stat)].astype(float)
-            parts.setdefault(block.site, []).append(pd.Series(values, index=block.steps))
-    columns = {site: _joined(parts[site]) for site in _in_order(record, parts)}
-    return pd.DataFrame(columns).sort_index().rename_axis("step")
+    found = [
+        block
+        for block in record.blocks
+        if (block.phase, block.role) == (phase, role)
+        and stat in block.stats
+        and fnmatchcase(block.site.rpartition("/")[2], slot)
+    ]
+    steps = np.unique(np.concatenate([block.steps for block in found])) if found else np.empty(0, np.int64)
+    sites = _in_order(record, dict.fromkeys(block.site for block in found))
+    column = {site: i for i, site in enumerate(sites)}
+    values = np.full((len(steps), len(sites)), np.nan)
+    for block in found:
+        values[np.searchsorted(steps, block.steps), column[block.site]] = block.values[:, block.stats.index(stat)]
+    return pd.DataFrame(values, index=pd.Index(steps, name="step"), columns=sites)
 
 
 def arrays(
@@ -233,14 +240,6 @@ def module_of(site: str) -> str:
     ('shared', '')
     """
     return site.rpartition("/")[0].partition("#")[0]
-
-
-def _joined(parts: list[pd.Series]) -> pd.Series:
-    if len(parts) == 1:
-        return parts[0]
-    both = pd.concat(parts).sort_index(kind="stable")
-    last: pd.Series = both[~both.index.duplicated(keep="last")]
-    return last
 
 
 def _in_order(record: Record, sites: Iterable[str]) -> list[str]:

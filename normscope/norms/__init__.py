@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from normscope.norms import checks
 from normscope.norms.area import Batch, BatchGroup, Group, Instance, InstanceGroup, Layer, Position
 from normscope.norms.layer import Norm, Normalization
 from normscope.norms.operation import L1, RMS, Center, Identity, Lp, Scale, Standardize, TopK
@@ -9,6 +10,9 @@ from normscope.norms.part import Traits
 from normscope.norms.population import Current, Running
 from normscope.norms.recognize import CERTAINTIES, KINDS, NormParts, declare_norm, find_norms, recognize
 from normscope.norms.recovery import Affine, Bare, Coloring, Conditional
+from normscope.norms.row import Row
+from normscope.norms.split import Split
+from normscope.norms.table import build, zoo
 from normscope.norms.whiten import Whiten
 
 __all__ = [
@@ -34,13 +38,18 @@ __all__ = [
     "NormParts",
     "Normalization",
     "Position",
+    "Row",
     "Running",
     "Scale",
+    "Split",
     "Standardize",
     "TopK",
     "Traits",
     "Whiten",
+    "build",
+    "checks",
     "declare_norm",
     "find_norms",
     "recognize",
+    "zoo",
 ]

@@ -60,6 +60,10 @@ class Area(Part):
         """Undo `split`; x gives the shape."""
         raise NotImplementedError
 
+    def spread(self, stat: Tensor, x: Tensor, axis: int = 1) -> Tensor | None:
+        """Give a statistic `[areas, features]` to each channel: `(1, C)` or `(N, C)`; None where it varies in space."""
+        return None
+
     def view(self, x: Tensor, axis: int = 1) -> Tensor:
         """Reorder an activation into `[areas, features, samples]`.
 
@@ -165,6 +169,10 @@ class Batch(Area):
         """Undo `split`."""
         return z.permute((2, 0, 1) if axis == -1 else (2, 0, 1, 3)).reshape(x.shape)
 
+    def spread(self, stat: Tensor, x: Tensor, axis: int = 1) -> Tensor | None:
+        """Return `(1, C)` for channels first."""
+        return stat.reshape(1, -1) if axis == 1 else None
+
 
 @dataclass(frozen=True, repr=False)
 class BatchGroup(Area):
@@ -221,6 +229,12 @@ class BatchGroup(Area):
         order = (0, 2, 3, 1, 4) if self.interleaved else (0, 2, 1, 3, 4)
         return z.permute(order).reshape(x.shape)
 
+    def spread(self, stat: Tensor, x: Tensor, axis: int = 1) -> Tensor | None:
+        """Return `(N, C)`, or `(1, C)` where one area takes the whole batch."""
+        size = x.shape[1] // self.groups
+        wide = stat.repeat(1, size) if self.interleaved else stat.repeat_interleave(size, 1)
+        return wide if len(stat) == 1 else wide.repeat_interleave(len(x) // len(stat), 0)
+
 
 @dataclass(frozen=True, repr=False)
 class Instance(Area):
@@ -239,6 +253,10 @@ class Instance(Area):
     def merge(self, z: Tensor, x: Tensor, axis: int = 1) -> Tensor:
         """Undo `split`."""
         return z.reshape(x.shape)
+
+    def spread(self, stat: Tensor, x: Tensor, axis: int = 1) -> Tensor | None:
+        """Return `(N, C)`, or `(1, C)` for stored statistics."""
+        return stat
 
 
 @dataclass(frozen=True, repr=False)
@@ -266,6 +284,10 @@ class Group(Area):
     def merge(self, z: Tensor, x: Tensor, axis: int = 1) -> Tensor:
         """Undo `split`."""
         return z.reshape(x.shape)
+
+    def spread(self, stat: Tensor, x: Tensor, axis: int = 1) -> Tensor | None:
+        """Return `(N, C)`, or `(1, C)` for stored statistics."""
+        return stat.repeat_interleave(x.shape[1] // self.groups, 1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -344,6 +366,10 @@ class Layer(_Anywhere):
     def merge(self, z: Tensor, x: Tensor, axis: int = 1) -> Tensor:
         """Undo `split`."""
         return z.reshape(x.shape)
+
+    def spread(self, stat: Tensor, x: Tensor, axis: int = 1) -> Tensor | None:
+        """Return `(N, C)` for channels first."""
+        return stat.expand(-1, x.shape[1]) if axis == 1 and not self.dims else None
 
 
 @dataclass(frozen=True, repr=False)

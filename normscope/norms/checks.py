@@ -84,6 +84,22 @@ def run(module: nn.Module, *arguments: Any) -> Tensor:
     return output
 
 
+def _each(change: Callable[[Tensor], Tensor], argument: Any) -> Any:
+    """Change every tensor of an argument, inside tuples and lists too."""
+    if isinstance(argument, tuple | list):
+        return type(argument)(_each(change, part) for part in argument)
+    return change(argument) if isinstance(argument, Tensor) else argument
+
+
+def _cast(arguments: Iterable[Any], dtype: torch.dtype) -> list[Any]:
+    return [_each(lambda t: t.to(dtype) if t.is_floating_point() else t, argument) for argument in arguments]
+
+
+def _first(arguments: Iterable[Any], number: int) -> list[Any]:
+    """Keep the first example of what has one for each."""
+    return [_each(lambda t: t[:1] if t.shape[:1] == (number,) else t, argument) for argument in arguments]
+
+
 def same(found: Tensor, expected: Tensor, what: str, rtol: float = 1e-9) -> None:
     """Demand that two tensors agree, relative to the largest entry.
 
@@ -195,7 +211,7 @@ def _scale(case: Case) -> None:
 
 def _independent(case: Case) -> None:
     x, *rest = case.arguments()
-    first = [r[:1] if isinstance(r, Tensor) and r.shape[:1] == x.shape[:1] else r for r in rest]
+    first = _first(rest, len(x))
     for mode in (True, False):
         module = case.layer().train(mode)
         if mode and module.traits.crosses_batch:
@@ -253,10 +269,6 @@ def _repr(case: Case) -> None:
     demand(shapes[0] == shapes[1], f"repr {module!r} gives state {shapes[0]} instead of {shapes[1]}")
 
 
-def _cast(arguments: Iterable[Any], dtype: torch.dtype) -> list[Any]:
-    return [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
-
-
 def _dtypes(case: Case) -> None:
     arguments = case.arguments()
     expected = run(case.layer(), *arguments)
@@ -309,7 +321,7 @@ def _trains(case: Case) -> None:
 
 def _degenerate(case: Case) -> None:
     x, *rest = case.arguments()
-    first = [r[:1] if isinstance(r, Tensor) and r.shape[:1] == x.shape[:1] else r for r in rest]
+    first = _first(rest, len(x))
     constant = torch.zeros_like(x) + torch.linspace(-1, 2, x.shape[1], dtype=x.dtype).reshape(-1, *(1,) * (x.ndim - 2))
     for what, arguments in (
         ("zeros", (torch.zeros_like(x), *rest)),

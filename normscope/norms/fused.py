@@ -40,7 +40,7 @@ def kernel(area: Area, operation: Operation, recovery: Recovery, population: Pop
 
 
 def _standardizing(area: Area, population: Population, shaped: bool) -> Kernel | None:
-    running = type(population) is Running and population.unbiased and not population.track and not population.zero
+    running = type(population) is Running and population.unbiased and not population.track and not population.first
     current = type(population) is Current
     if type(area) is Batch and (running or current) and not shaped:
         return _batch_norm

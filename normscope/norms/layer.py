@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
-from normscope.norms.area import Area
+from normscope.norms.affine import scale_shift
+from normscope.norms.area import Area, Batch, Group, Instance, Layer, Position
 from normscope.norms.average import LOCAL, Across, Average
 from normscope.norms.fused import kernel, suits
-from normscope.norms.operation import Operation
+from normscope.norms.operation import RMS, Operation, Standardize
 from normscope.norms.part import Stats, Traits
 from normscope.norms.population import Current, Population
-from normscope.norms.recovery import Bare, Recovery
+from normscope.norms.recognize import NormParts, declare_norm
+from normscope.norms.recovery import Affine, Bare, Recovery
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -154,7 +156,7 @@ class Norm(Normalization):
             centers=operation.centers,
             scales=operation.scales,
             whitens=operation.whitens,
-            shift_invariant=operation.centers and pointwise,
+            shift_invariant=(operation.centers or operation.shifts) and pointwise,
             scale_invariant=operation.homogeneous and pointwise,
             ranks=self.area.ranks,
             channels_last=getattr(self.area, "channels", "first") == "last",
@@ -211,5 +213,61 @@ class Norm(Normalization):
     @in_float
     def _composed(self, x: Tensor, axis: int, condition: Any) -> Tensor:
         z = self.area.split(x, axis)
-        y = self.area.merge(self.operation.apply(z, self.population.choose(self, z)), x, axis)
-        return self.recovery.apply(self, y, x, axis, condition)
+        stats = self.population.choose(self, z)
+        pair = self.operation.coefficients(stats)
+        wide = [v if v is None else self.area.spread(v, x, axis) for v in pair or ()]
+        if pair is None or any(v is not None and w is None for v, w in zip(pair, wide, strict=True)):
+            y = self.area.merge(self.operation.apply(z, stats), x, axis)
+            return self.recovery.apply(self, y, x, axis, condition)
+        scale, shift = wide
+        if type(self.recovery) is not Affine or self.recovery.shape:
+            return self.recovery.apply(self, scale_shift(x, scale, shift), x, axis, condition)
+        return scale_shift(x, *_folded(scale, shift, *self.recovery.gain(self)))
+
+
+def _folded(
+    scale: Tensor | None, shift: Tensor | None, gain: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Put gain (scale x + shift) + bias together."""
+    if gain is not None:
+        scale = gain.unsqueeze(0) if scale is None else scale * gain
+        shift = None if shift is None else shift * gain
+    if bias is not None:
+        shift = bias.unsqueeze(0) if shift is None else shift + bias
+    return scale, shift
+
+
+def _parts_of(module: nn.Module) -> NormParts | None:
+    """Tell what a layer of ours consists of, for those that only need to recognize it."""
+    kind = _kind(module)
+    parts = module if isinstance(module, Norm) else None
+    last = getattr(parts.area, "channels", "first") != "first" if parts else False
+    own = dict(module.named_parameters(recurse=False))
+    return NormParts(
+        kind=kind,
+        axis=-1 if last and kind in {"layer", "rms"} else 1,
+        eps=getattr(module, "eps", None),
+        momentum=getattr(module, "momentum", None),
+        groups=(getattr(module, "num_groups", None) or 1) if kind == "group" else None,
+        has_running={"running_mean", "running_var"} <= dict(module.named_buffers(recurse=False)).keys(),
+        gain="weight" if "weight" in own else None,
+        bias="bias" if "bias" in own else None,
+        gain_offset=getattr(parts.recovery, "offset", 0.0) if parts else 0.0,
+        normalized_ndim=(getattr(parts.area, "dims", 0) or 1) if parts and kind in {"layer", "rms"} else 0,
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    if not isinstance(module, Norm):
+        return "other"
+    area = type(module.area)
+    if type(module.operation) is RMS and area in {Layer, Position}:
+        return "rms"
+    if type(module.operation) is not Standardize:
+        return "other"
+    if area is Layer and getattr(module.area, "channels", "auto") == "first":
+        return "group"
+    return {Batch: "batch", Instance: "instance", Group: "group", Layer: "layer", Position: "layer"}.get(area, "other")
+
+
+declare_norm(Normalization, _parts_of)

@@ -23,6 +23,7 @@ class Operation(Part):
         centers: the mean becomes 0.
         scales: the variance, or the mean square where the mean stays, becomes 1.
         whitens: the covariance of the features becomes the identity.
+        shifts: an added constant cancels.
         homogeneous: a positive factor on the input cancels, up to eps.
         minimum: fewest samples for which the statistics exist.
     """
@@ -31,6 +32,7 @@ class Operation(Part):
     centers: ClassVar[bool] = False
     scales: ClassVar[bool] = False
     whitens: ClassVar[bool] = False
+    shifts: ClassVar[bool] = False
     homogeneous: ClassVar[bool] = False
     minimum: ClassVar[int] = 1
 
@@ -47,6 +49,17 @@ class Operation(Part):
         """
         return {}
 
+    def coefficients(self, stats: Stats) -> tuple[Tensor | None, Tensor | None] | None:
+        """Return a and b, each `[areas, features]`, of an operation a z + b; a None for 1, b None for 0.
+
+        Args:
+            stats: as for `apply`.
+
+        Returns:
+            a and b, or None for an operation that mixes features.
+        """
+        return None
+
     def apply(self, z: Tensor, stats: Stats) -> Tensor:
         """Normalize with given statistics.
 
@@ -56,8 +69,17 @@ class Operation(Part):
 
         Returns:
             The normalized values, of the shape of z.
+
+        Raises:
+            NotImplementedError: an operation of yours has neither `coefficients` nor `apply`.
         """
-        return z
+        pair = self.coefficients(stats)
+        if pair is None:
+            raise NotImplementedError(f"{type(self).__name__} needs coefficients() or apply().")
+        scale, shift = pair
+        if scale is None:
+            return z if shift is None else z + rows(shift, z)
+        return z * rows(scale, z) if shift is None else torch.addcmul(rows(shift, z), z, rows(scale, z))
 
     def quantity(self, name: str, stats: Stats, count: int | Tensor | None) -> Tensor:
         """Return what a population stores under a name, from measured statistics.
@@ -83,7 +105,7 @@ class Operation(Part):
 
     def initial(self, name: str, areas: int, features: int) -> Tensor:
         """Return the value that a stored statistic starts from: mean 0, variance and factor 1, matrix the identity."""
-        if name in {"matrix", "covariance"}:
+        if name in {"matrix", "sigma", "covariance"}:
             return torch.eye(features).repeat(areas, 1, 1)
         return torch.zeros(areas, features) if name == "mean" else torch.ones(areas, features)
 
@@ -91,6 +113,10 @@ class Operation(Part):
 @dataclass(frozen=True, repr=False)
 class Identity(Operation):
     """Leave the values as they are."""
+
+    def coefficients(self, stats: Stats) -> tuple[Tensor | None, Tensor | None] | None:
+        """Return a = 1, b = 0."""
+        return None, None
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,9 +130,9 @@ class Center(Operation):
         """Take the mean."""
         return {"mean": average.mean(z)}
 
-    def apply(self, z: Tensor, stats: Stats) -> Tensor:
-        """Subtract the mean."""
-        return z - rows(stats["mean"], z)
+    def coefficients(self, stats: Stats) -> tuple[Tensor | None, Tensor | None] | None:
+        """Return a = 1, b = -mean."""
+        return None, -stats["mean"]
 
 
 def safe_sqrt(v: Tensor) -> Tensor:
@@ -150,9 +176,10 @@ class Standardize(Operation):
         count = average.count(z)
         return {"mean": mean, "var": var * (count / (count - 1))}
 
-    def apply(self, z: Tensor, stats: Stats) -> Tensor:
-        """Subtract the mean and divide by the standard deviation."""
-        return (z - rows(stats["mean"], z)) * rows(self._inverse(variance(stats)), z)
+    def coefficients(self, stats: Stats) -> tuple[Tensor | None, Tensor | None] | None:
+        """Return a = 1 / deviation, b = -mean / deviation."""
+        inverse = self._inverse(variance(stats))
+        return inverse, -stats["mean"] * inverse
 
     def _inverse(self, var: Tensor) -> Tensor:
         return (var + self.eps).rsqrt() if self.inside else (safe_sqrt(var) + self.eps).reciprocal()
@@ -174,9 +201,9 @@ class Scale(Standardize):
     centers: ClassVar[bool] = False
     scales: ClassVar[bool] = False
 
-    def apply(self, z: Tensor, stats: Stats) -> Tensor:
-        """Divide by the standard deviation."""
-        return z * rows(self._inverse(variance(stats)), z)
+    def coefficients(self, stats: Stats) -> tuple[Tensor | None, Tensor | None] | None:
+        """Return a = 1 / deviation, b = 0."""
+        return self._inverse(variance(stats)), None
 
 
 @dataclass(frozen=True, repr=False)
@@ -213,11 +240,11 @@ class RMS(Operation):
             z = z[..., : max(int(z.shape[-1] * self.fraction), 1)]
         return {"square": average.mean(z.square())}
 
-    def apply(self, z: Tensor, stats: Stats) -> Tensor:
-        """Divide by the root of the mean square."""
+    def coefficients(self, stats: Stats) -> tuple[Tensor | None, Tensor | None] | None:
+        """Return a = 1 / root of the mean square, b = 0."""
         square = stats["square"]
         factor = (square + self.eps).rsqrt() if self.inside else (safe_sqrt(square) + self.eps).reciprocal()
-        return z * rows(factor, z)
+        return factor, None
 
 
 @dataclass(frozen=True, repr=False)
@@ -254,10 +281,10 @@ class Rescale(Operation):
         spread = self.spreads(z - rows(mean, z), average)
         return {"mean": mean, self.spread: spread, "scale": self.scale(spread)}
 
-    def apply(self, z: Tensor, stats: Stats) -> Tensor:
-        """Subtract the mean and multiply by the factor."""
+    def coefficients(self, stats: Stats) -> tuple[Tensor | None, Tensor | None] | None:
+        """Return a = the factor, b = -mean times the factor."""
         scale = stats["scale"] if "scale" in stats else self.scale(stats[self.spread])
-        return (z - rows(stats["mean"], z)) * rows(scale, z)
+        return scale, -stats["mean"] * scale
 
 
 @dataclass(frozen=True, repr=False)

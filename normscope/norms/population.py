@@ -109,12 +109,14 @@ class Running(Population):
         track: names of the statistics to store, () for what the operation tracks.
         unbiased: store the unbiased variance.
         zero: stored statistics start from 0, as in some published code.
+        first: the first batch replaces the initial values.
     """
 
     momentum: float | None = 0.1
     track: tuple[str, ...] = ()
     unbiased: bool = True
     zero: bool = False
+    first: bool = False
     stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -154,4 +156,5 @@ class Running(Population):
         new = {name: host.operation.quantity(name, detached, count) for name in self.names(host.operation)}
         if not host.area.fixed:
             new = {name: value.mean(0) for name, value in new.items()}
-        track(host, self.momentum, **new)
+        first = self.first and int(host.num_batches_tracked) == 0
+        track(host, 1.0 if first else self.momentum, **new)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
+from normscope.norms.affine import scale_shift
 from normscope.norms.part import Part, known_features
 
 
@@ -84,15 +85,18 @@ class Affine(Recovery):
         host.register_parameter("weight", nn.Parameter(torch.full(shape, self.init)) if self.scale else None)
         host.register_parameter("bias", nn.Parameter(torch.zeros(shape)) if self.shift else None)
 
+    def gain(self, host: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Return offset + weight, and bias; None where there is none."""
+        weight = host.weight
+        return (weight + self.offset if weight is not None and self.offset else weight), host.bias
+
     def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
         """Scale and shift."""
-        weight, bias = host.weight, host.bias
-        if weight is not None:
-            weight = weight + self.offset if self.offset else weight
-            y = y * (weight if self.shape else channels(weight, y, axis))
-        if bias is not None:
-            y = y + (bias if self.shape else channels(bias, y, axis))
-        return y
+        weight, bias = self.gain(host)
+        if axis == 1 and not self.shape:
+            return scale_shift(y, *(v if v is None else v.unsqueeze(0) for v in (weight, bias)))
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -34,7 +33,14 @@ def output(rms: float = 1.0, **others: float) -> Stats:
 def running(step: int, **others: float) -> Stats:
     """What a layer with running statistics records in training mode, updated once a step."""
     stats = spread(mean=0.0, var=1.0, drift=1 / 64)
-    counts = {"updates": step + 1.0, "calls": 1.0, "recomputed": 0.0, "silent": 0.0, "training": 1.0, "change": 0.01}
+    counts = {
+        "updates": step + 1.0,
+        "calls": 1.0,
+        "recomputed": 0.0,
+        "silent": 0.0,
+        "training": 1.0,
+        "change": 0.01 if step else np.nan,
+    }
     return stats | counts | others
 
 
@@ -46,7 +52,6 @@ class Network:
         steps: the sampled steps.
         norm: "batch", "layer", or None for no norm.
         activation: class of the activation, None for one that is no module.
-        every: steps of the context between sampled ones.
         run: name of the run.
         momentum: of the batch normalization layers.
     """
@@ -177,18 +182,6 @@ def at(site: str, role: str = "value", steps: Sequence[int] | None = None, **val
 
     def change(name: str, kind: str, step: int, stats: Stats) -> None:
         if name.endswith(site) and kind == role and (steps is None or step in steps):
-            stats |= {key: value for key, value in values.items() if key in stats or not key.startswith("_")}
+            stats |= values
 
     return change
-
-
-def kl(batch: Mapping[str, np.ndarray], stored: Mapping[str, np.ndarray]) -> np.ndarray:
-    """KL of one Gaussian from another by numerical integration, the reference for drift."""
-    results = []
-    for mean, var, mean_r, var_r in zip(batch["mean"], batch["var"], stored["mean"], stored["var"], strict=True):
-        x = np.linspace(mean - 12 * math.sqrt(var), mean + 12 * math.sqrt(var), 20001)
-        p = np.exp(-((x - mean) ** 2) / (2 * var)) / math.sqrt(2 * math.pi * var)
-        log_q = -((x - mean_r) ** 2) / (2 * var_r) - 0.5 * math.log(2 * math.pi * var_r)
-        log_p = -((x - mean) ** 2) / (2 * var) - 0.5 * math.log(2 * math.pi * var)
-        results.append(np.trapezoid(p * (log_p - log_q), x))
-    return np.array(results)

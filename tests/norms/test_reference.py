@@ -34,11 +34,13 @@ def load(key, layer, data):
     state = layer.state_dict()
     for name, value in ((n.removeprefix("state0/"), v) for n, v in data.items() if n.startswith("state0/")):
         target = ours(key, name)
-        if f"state0/{name}" in key.skip:
+        if f"state0/{name}" in key.skip or (key.stacked and "." in name):
             continue
         assert target in state, f"{name} is recorded, but the layer has {sorted(state)}"
         value = key.put[target](value, data) if target in key.put else value
         state[target].copy_(value.reshape(state[target].shape))
+    for target, pieces in key.stacked.items():
+        state[target].copy_(torch.stack(pieces(data, "state0")).reshape(state[target].shape))
 
 
 def taken(key, name, value, data):
@@ -69,9 +71,11 @@ def test_reproduced(key):
         gradients(key, layer, data, step)
     after = layer.state_dict()
     for name in (n.removeprefix("state3/") for n in data if n.startswith("state3/")):
-        if f"state3/{name}" not in key.skip:
+        if f"state3/{name}" not in key.skip and not (key.stacked and "." in name):
             found = taken(key, ours(key, name), after[ours(key, name)], data)
             compare(key, f"state3/{name}", found, data[f"state3/{name}"])
+    for name, pieces in key.stacked.items():
+        compare(key, f"state3/{name}", after[name], torch.stack(pieces(data, "state3")))
     layer.eval()
     compare(key, "y_eval", key.call(layer, data["x_eval"], "_eval", data), data["y_eval"])
 

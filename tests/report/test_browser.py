@@ -96,6 +96,7 @@ def test_the_explorer_follows_its_controls(explorer):
     assert (
         explorer.run("return document.querySelector('#line').data.length") == 4
     )  # two edges of the band, median, layer
+    assert not explorer.run("return document.querySelector('#phase').checkVisibility()")  # there is one phase only
     explorer.run("document.querySelector('#log').click()")
     assert explorer.run("return document.querySelector('#line')._fullLayout.yaxis.type") == "linear"
     explorer.run("document.querySelector('[data-site=\"layer1.3.relu1/output\"]').click()")

@@ -19,9 +19,8 @@ def test_it_tells_the_findings_in_the_order_of_the_page(record):
     assert words == ["failure"] * 2 + ["warning"] * 6 + ["undecided"] * 2 + ["note"] * 3
     assert "- dead fraction: 0.56\n- layers: 6\n- threshold: 0.1 ([Dying ReLU" in text
     assert "(<https://arxiv.org/abs/1903.06733>)" in text
-    assert "## Looked at, and fine\n\n- No bounded activation is saturated. (`propagation.saturated-units`)" in re.sub(
-        r"fine\n\n(?:- .*\n)*?(- No bounded)", r"fine\n\n\1", text
-    )
+    assert "## Looked at, and fine\n\n- " in text
+    assert "\n- No bounded activation is saturated. (`propagation.saturated-units`)\n" in text
 
 
 def test_its_tables_are_regular(record):
@@ -38,7 +37,7 @@ def test_names_of_layers_are_literal_in_it():
     bare = bare.replace("(<https://", "(")
     assert "<" not in bare
     assert "`<script>alert(1)</script>/output`" in text
-    assert "a\\|b\\`c\\*d".replace("d", "") in text
+    assert r"a\|b\`c\*\_d\_\&amp;\$e\$%{y}/output" in text
     assert all(
         len(re.findall(r"(?<!\\)\|", line)) == 11
         for line in text.splitlines()

@@ -32,17 +32,8 @@ CALM = (  # cases whose own step does not wait
     "frozen batch normalization",
     "no normalization",
     "dict output",
-    "two optimizers",
     "diverged run",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,9 +47,12 @@ def test_sites_are_those_of_the_model(name):
     checks.check_sites(BY_NAME[name])
 
 
-@pytest.mark.parametrize("name", SOME)
-def test_state_does_not_grow_with_steps(name):
-    checks.check_bounded(BY_NAME[name])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("in-place ReLU after a norm", 200), ("checkpointing", 60), ("gradient accumulation", 60), ("evaluation with gradients", 60)],
+)
+def test_state_does_not_grow_with_steps(name, steps):
+    checks.check_bounded(BY_NAME[name], steps)
 
 
 @pytest.mark.parametrize("name", CALM)

@@ -109,9 +109,15 @@ def _range(z: Tensor, average: Average, level: float) -> tuple[Tensor, Tensor]:
 
 
 def _superquantile(z: Tensor, average: Average, level: float) -> tuple[Tensor, Tensor]:
-    number = float(average.count(z))
-    largest = average.largest(z, max(math.ceil((1 - level) * number), 1))
-    return largest[..., -1], largest.mean(-1) - average.mean(z)
+    k = max(math.ceil((1 - level) * float(average.count(z))), 1)
+    if average is not LOCAL:
+        largest = average.largest(z, k)
+        return largest[..., -1], largest.mean(-1) - average.mean(z)
+    # finding one quantile is cheaper than sorting; what lies above it counts once, the quantile fills up to k
+    flat = z.flatten(2)
+    quantile = flat.kthvalue(flat.shape[2] - k + 1).values
+    above = (flat - quantile.unsqueeze(-1)).clamp_min(0).sum(-1)
+    return quantile, quantile + above / k - average.mean(z)
 
 
 def _worst(z: Tensor, average: Average, level: float) -> tuple[Tensor, Tensor]:
@@ -164,9 +170,10 @@ class Deviation(Operation):
         center, deviation = PAIRS[self.pair](z, average, self.level)
         return {"center": center, "deviation": deviation}
 
-    def apply(self, z: Tensor, stats: Stats) -> Tensor:
-        """Subtract the statistic and divide by the deviation."""
-        return (z - rows(stats["center"], z)) * rows((stats["deviation"] + self.eps).reciprocal(), z)
+    def coefficients(self, stats: Stats) -> tuple[Tensor | None, Tensor | None] | None:
+        """Return a = 1 / (deviation + eps), b = -statistic times a."""
+        scale = (stats["deviation"] + self.eps).reciprocal()
+        return scale, -stats["center"] * scale
 
     def initial(self, name: str, areas: int, features: int) -> Tensor:
         """Return 0 for the statistic and 1 for the deviation."""

@@ -33,6 +33,7 @@ class Key:
     make: makes the layer (float64 and training mode are set by the test).
     names: recorded name of a parameter or buffer -> name in our state_dict, where they differ; shapes are adapted.
     put, take: change recorded values before loading, our values before comparing: {our name: function(value, data)}.
+    stacked: {our name: function(data, "state0" or "state3") -> list of tensors} for what they keep in several pieces.
     call: forward with extra inputs, see `call`.
     skip: recorded entries that are not compared -> reason, as {"state3/a": "...", "y_eval": "..."}.
     different: why the file is deliberately not reproduced at all; "" for reproduced.
@@ -44,6 +45,7 @@ class Key:
     names: dict[str, str] = field(default_factory=dict)
     put: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
     take: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
+    stacked: dict[str, Callable[..., list[torch.Tensor]]] = field(default_factory=dict)
     call: Callable[..., torch.Tensor] = call
     skip: dict[str, str] = field(default_factory=dict)
     different: str = ""

@@ -1,0 +1,113 @@
+"""EvoNorm: layers found by evolution that normalize and activate at once."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept
+from normscope.norms.layer import in_float
+from normscope.norms.operation import safe_sqrt
+from normscope.norms.part import Traits, divide, require
+from normscope.norms.population import keep, track, valid_momentum
+
+KINDS: Final = ("b0", "b1", "b2", "s0", "s1", "s2")
+
+
+class EvoNorm(ChannelNorm):
+    """EvoNorm: normalization and activation in one, with batch statistics (B) or those of groups (S).
+
+    B0: x / max(sqrt(var_batch + eps), v x + sqrt(var_instance + eps)); B1: the second is (x + 1) rms_instance; B2: it is
+    rms_instance - x. S0: x sigmoid(v x) / sqrt(var_group + eps); S1: silu(x) for x sigmoid(v x); S2: rms_group for the
+    deviation. Then scale and shift for each channel.
+
+    Args:
+        num_features: number of channels.
+        kind: "b0", "b1", "b2", "s0", "s1" or "s2".
+        groups: number of groups of channels, for S.
+        eps: added to variances and mean squares.
+        momentum: weight of the newest batch, for B.
+        affine: weight and bias for each channel.
+        activate: False leaves only scale and shift, as published code does where no activation follows.
+        unbiased: variances divide by n - 1.
+    """
+
+    v: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_features: int,
+        kind: str = "b0",
+        groups: int = 8,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        activate: bool = True,
+        unbiased: bool = False,
+    ) -> None:
+        """Register weight, bias, v where used, and for B the stored variance."""
+        super().__init__(num_features, eps, affine)
+        require(kind, "kind", KINDS)
+        valid_momentum(momentum)
+        divide(num_features, groups)
+        self.kind, self.groups, self.momentum = kind, groups, momentum
+        self.activate, self.unbiased_variance = activate, unbiased
+        learned = activate and kind in {"b0", "s0"}
+        self.register_parameter("v", nn.Parameter(torch.ones(num_features)) if learned else None)
+        if kind[0] == "b" and activate:
+            keep(self, var=torch.ones(num_features))
+
+    def settings(self) -> dict[str, object]:
+        """Return the arguments of the constructor that differ from its defaults."""
+        names = {"num_features": self.num_features, "kind": self.kind, "groups": self.groups, "eps": self.eps}
+        names |= {"momentum": self.momentum, "affine": self.affine, "activate": self.activate}
+        defaults = {"kind": "b0", "groups": 8, "eps": 1e-5, "momentum": 0.1, "affine": True, "activate": True}
+        names["unbiased"], defaults["unbiased"] = self.unbiased_variance, False
+        return {name: value for name, value in names.items() if name not in defaults or defaults[name] != value}
+
+    @property
+    def traits(self) -> Traits:
+        """B0 and B2 do not see the scale of their input."""
+        batch = self.kind[0] == "b" and self.activate
+        return Traits(crosses_batch=batch, stateful=batch, scale_invariant=batch and self.kind != "b1")
+
+    @in_float
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize and activate `(N, C, *)`."""
+        z = instances(x, self.num_features)
+        if not self.activate:
+            return self.recover(x, x)
+        y = self._batch_kind(z, x) if self.kind[0] == "b" else self._sample_kind(z, x)
+        return self.recover(y.reshape(x.shape), x)
+
+    def _batch_kind(self, z: Tensor, x: Tensor) -> Tensor:
+        left = (self._batch_variance(x, z) + self.eps).sqrt().reshape(1, -1, 1)
+        if self.v is not None:
+            enough(z.shape[2], x, 2 if self.unbiased_variance else 1)
+            var = z.var(2, correction=int(self.unbiased_variance), keepdim=True)
+            right = self.v.unsqueeze(1) * z + (var + self.eps).sqrt()
+        else:
+            rms = (z.square().mean(2, keepdim=True) + self.eps).sqrt()
+            right = (z + 1) * rms if self.kind == "b1" else rms - z
+        return z / torch.maximum(left, right)
+
+    def _batch_variance(self, x: Tensor, z: Tensor) -> Tensor:
+        if not self.training:
+            return kept(self.running_var, z)
+        b, _, var = self.moments(x)
+        unbiased = self.unbiased(var, b)
+        track(self, self.momentum, var=unbiased)
+        return unbiased if self.unbiased_variance else var
+
+    def _sample_kind(self, z: Tensor, x: Tensor) -> Tensor:
+        g = z.reshape(z.shape[0], self.groups, -1)
+        if self.kind == "s2":
+            scale = (g.square().mean(2, keepdim=True) + self.eps).sqrt()
+        else:
+            enough(g.shape[2], x)
+            scale = safe_sqrt(g.var(2, correction=int(self.unbiased_variance), keepdim=True) + self.eps)
+        active = F.silu(z) if self.v is None else z * torch.sigmoid(self.v.unsqueeze(1) * z)
+        return active.reshape(g.shape) / scale
