@@ -14,7 +14,9 @@ from normscope.core.survey import catalog
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("--json", action="store_true", help="print JSON: [{id, chapter, section, title, year, provides}]")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON: [{id, chapter, section, title, year, provides}]"
+    )
     parser.add_argument("--status", choices=("done", "planned"), help="only works with something of this status")
 
 

@@ -112,7 +112,11 @@ class Record:
         columns = [*COLUMNS[:-1], "index", "value"] if index else list(COLUMNS)
         if not parts:
             return pd.DataFrame(columns=columns)
-        merged = {name: np.concatenate([part[name] for part in parts]) for name in ("step", "index", "value") if name in parts[0]}
+        merged: dict[str, object] = {
+            name: np.concatenate([part[name] for part in parts])
+            for name in ("step", "index", "value")
+            if name in parts[0]
+        }
         sizes = np.array([len(part["value"]) for part in parts])
         source = self.channels if index else self.blocks
         for name in ("run", "site", "phase", "role"):
@@ -161,7 +165,9 @@ class Record:
             channels=tuple(c for c in channels if len(c.steps)),
         )
 
-    def series(self, site: str, stat: str, *, role: str = "value", phase: str = "train", run: str | None = None) -> pd.Series:
+    def series(
+        self, site: str, stat: str, *, role: str = "value", phase: str = "train", run: str | None = None
+    ) -> pd.Series:
         """Return one statistic of one site by step.
 
         Args:
@@ -176,9 +182,13 @@ class Record:
         """
         name = self._run(run)
         self._check_site(site)
-        found = [b for b in self.blocks if (b.run, b.site, b.phase, b.role) == (name, site, phase, role) and stat in b.stats]
+        found = [
+            b for b in self.blocks if (b.run, b.site, b.phase, b.role) == (name, site, phase, role) and stat in b.stats
+        ]
         parts = [pd.Series(b.values[:, b.stats.index(stat)], index=b.steps) for b in found]
-        joined = pd.concat(parts).sort_index() if parts else pd.Series([], index=np.empty(0, np.int64), dtype=np.float32)
+        joined = (
+            pd.concat(parts).sort_index() if parts else pd.Series([], index=np.empty(0, np.int64), dtype=np.float32)
+        )
         return joined.rename(stat).rename_axis("step")
 
     def array(
@@ -293,7 +303,11 @@ def join(records: list[Record]) -> Record:
 
 def _scalar_rows(block: Block) -> dict[str, np.ndarray]:
     n, k = block.values.shape
-    return {"step": np.repeat(block.steps, k), "stat": np.tile(np.array(block.stats, object), n), "value": block.values.ravel()}
+    return {
+        "step": np.repeat(block.steps, k),
+        "stat": np.tile(np.array(block.stats, object), n),
+        "value": block.values.ravel(),
+    }
 
 
 def _channel_rows(item: Channels) -> dict[str, np.ndarray]:

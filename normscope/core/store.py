@@ -81,20 +81,18 @@ class Store:
         """Add a site, or replace what is known of it."""
         self._add("sites", self.run, site, json.dumps(attributes))
 
-    def scalars(
-        self, step: int, site: str, phase: str, role: str, stats: tuple[str, ...], values: np.ndarray
-    ) -> None:
+    def scalars(self, step: int, site: str, phase: str, role: str, stats: tuple[str, ...], values: np.ndarray) -> None:
         """Add the scalars of one site at one step: their names and their values."""
         key = (site, phase, role, stats)
         if key not in self._series:
             self._series[key] = len(self._series)
             row = (self._series[key], self.run, site, phase, role, json.dumps(stats))
             self._add("series", *row)
-        self._add("scalars", self._series[key], step, np.asarray(values, "<f4").tobytes())
+        self._add("scalars", self._series[key], step, _float32(values))
 
     def array(self, step: int, site: str, phase: str, role: str, stat: str, values: np.ndarray) -> None:
         """Add one per-channel array."""
-        self._add("arrays", self.run, site, phase, role, stat, step, np.asarray(values, "<f4").tobytes())
+        self._add("arrays", self.run, site, phase, role, stat, step, _float32(values))
 
     def step(self, row: Mapping[str, object]) -> None:
         """Add the context of one step: the keys of `STEP_COLUMNS` but the run."""
@@ -272,8 +270,15 @@ def _rows(connection: sqlite3.Connection, table: str, order: str) -> Iterator[tu
     """Yield the rows of a table without their checksums, which are verified."""
     for *row, checksum in connection.execute(f"SELECT * FROM {table} ORDER BY {order}"):
         if _checksum(row) != checksum:
-            raise StoreError(f"a row of {table!r} does not match its checksum: the file is damaged. Restore it from a copy.")
+            raise StoreError(
+                f"a row of {table!r} does not match its checksum: the file is damaged. Restore it from a copy."
+            )
         yield tuple(row)
+
+
+def _float32(values: np.ndarray) -> bytes:
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
+        return np.asarray(values, "<f4").tobytes()
 
 
 def _checksum(row: Sequence[object]) -> int:

@@ -19,6 +19,7 @@ def scale_shift(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor
     Returns:
         A tensor of the shape of x.
 
+    >>> import torch
     >>> x = torch.ones(2, 3, 4)
     >>> scale_shift(x, torch.tensor([[1.0, 2.0, 3.0]]), None)[0, :, 0]
     tensor([1., 2., 3.])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from normscope.norms.average import LOCAL, Across, Average
 from normscope.norms.fused import kernel, suits
 from normscope.norms.operation import RMS, Operation, Standardize
 from normscope.norms.part import Stats, Traits
-from normscope.norms.population import Current, Population
+from normscope.norms.population import Current, Population, Running
 from normscope.norms.recognize import NormParts, declare_norm
 from normscope.norms.recovery import Affine, Bare, Recovery
+from normscope.norms.whiten import Whiten
+from normscope.norms.whitening import suits as suits_whitening
+from normscope.norms.whitening import whiten
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -213,16 +216,37 @@ class Norm(Normalization):
     @in_float
     def _composed(self, x: Tensor, axis: int, condition: Any) -> Tensor:
         z = self.area.split(x, axis)
+        if self._whitens_jointly(z):
+            return self._whitened(x, z, axis, condition)
         stats = self.population.choose(self, z)
-        pair = self.operation.coefficients(stats)
+        # an operation with an apply of its own means that one
+        pair = self.operation.coefficients(stats) if type(self.operation).apply is Operation.apply else None
         wide = [v if v is None else self.area.spread(v, x, axis) for v in pair or ()]
-        if pair is None or any(v is not None and w is None for v, w in zip(pair, wide, strict=True)):
+        if pair is None or axis != 1 or any(v is not None and w is None for v, w in zip(pair, wide, strict=True)):
             y = self.area.merge(self.operation.apply(z, stats), x, axis)
             return self.recovery.apply(self, y, x, axis, condition)
         scale, shift = wide
         if type(self.recovery) is not Affine or self.recovery.shape:
             return self.recovery.apply(self, scale_shift(x, scale, shift), x, axis, condition)
         return scale_shift(x, *_folded(scale, shift, *self.recovery.gain(self)))
+
+    def _whitens_jointly(self, z: Tensor) -> bool:
+        if not (self.operation.whitens and self.average is LOCAL and type(self.population) in {Current, Running}):
+            return False
+        return (self.training or not self.population.stateful) and suits_whitening(z, self.operation)
+
+    def _whitened(self, x: Tensor, z: Tensor, axis: int, condition: Any) -> Tensor:
+        """Whiten with the gradient written by hand; where each row is a channel the affine map goes with it."""
+        gain = bias = None
+        recovery, operation, population = self.recovery, self.operation, self.population
+        folds = isinstance(recovery, Affine) and not recovery.shape and type(self.area) is Batch
+        if folds and isinstance(recovery, Affine):
+            gain, bias = (v if v is None else v.reshape(z.shape[:2]) for v in recovery.gain(self))
+        y, stats = whiten(z, cast(Whiten, operation), gain, bias)
+        if isinstance(population, Running):
+            population.update(self, z, stats)
+        y = self.area.merge(y, x, axis)
+        return y if folds else recovery.apply(self, y, x, axis, condition)
 
 
 def _folded(

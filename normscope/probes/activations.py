@@ -14,9 +14,11 @@ from torch import nn
 from normscope.core.site import Site
 from normscope.norms.recognize import NormParts
 from normscope.probes import hooks, layout, moments, normalization, tails
+from normscope.probes.normalization import Calls
 
 MAX_CALLS = 8  # calls of one module in one pass told apart; the rest join the last
 _MAX_PASSES = 8  # forward passes of a step kept without a backward; an evaluation loop would pile them up
+_PILE = 1 << 19  # values of subsamples that wait to be reduced together
 
 _RELU = (nn.ReLU, nn.ReLU6, nn.Threshold)
 _BOUNDS: tuple[tuple[type[nn.Module], tuple[float, float]], ...] = (
@@ -49,25 +51,6 @@ class Place(NamedTuple):
     axis: int
     bounds: tuple[float, float] | None
     note: str
-
-
-@dataclass
-class Calls:
-    """How often a normalization layer ran in a step, and how.
-
-    Attributes:
-        calls: training forwards, with gradient.
-        recomputed: forwards inside a backward pass (activation checkpointing).
-        silent: forwards in training mode without gradient.
-        training: whether its last training forward was in training mode.
-        batch: first dimension of its last input.
-    """
-
-    calls: int = 0
-    recomputed: int = 0
-    silent: int = 0
-    training: bool = True
-    batch: int = 0
 
 
 class Collected(NamedTuple):
@@ -143,6 +126,8 @@ class Activations:
         self._passes: list[_Pass] = []
         self._after_backward = True
         self._calls: dict[str, Calls] = {}
+        self._pile: list[tuple[_Pass, str, str, tuple[float, float] | None, torch.Tensor]] = []
+        self._piled = 0
 
     def knows(self, module: str, call: int, slot: str) -> bool:
         """Tell whether a site was seen."""
@@ -152,6 +137,7 @@ class Activations:
         """Start a new forward pass: call indices count from 0 again."""
         live, waiting = ([p for p in self._passes if p.live is state] for state in (True, False))
         if len(live) >= _MAX_PASSES:
+            self._reduce()
             live[0].absorb(live[1])
             self._passes.remove(live[1])
         if len(waiting) >= _MAX_PASSES:
@@ -191,6 +177,7 @@ class Activations:
 
     def collect(self) -> Collected:
         """Return what the passes that a gradient came back through have found, merged, and forget all passes."""
+        self._reduce()
         live = [p for p in self._passes if p.live] or self._passes
         joined = _Pass()
         for item in live:
@@ -207,7 +194,7 @@ class Activations:
         """Forget all passes; gradient hooks that still fire are ignored."""
         for item in self._passes:
             item.close()
-        self._passes, self._calls = [], {}
+        self._passes, self._calls, self._pile, self._piled = [], {}, [], 0
         self._after_backward = True
 
     def _count(self, name: str, module: nn.Module, inside: bool, repeated: bool, current: _Pass) -> None:
@@ -262,9 +249,30 @@ class Activations:
                     current.fresh[id(tensor)] = (weakref.ref(tensor), tensor._version, place.axis, state)
             probe = "tails"
             if "tails" in self._probes:
-                current.add(place.site, role, "tails", tails.observe(view, place.bounds if role == "value" else None))
+                sample = tails.subsample(view)
+                self._pile.append((current, place.site, role, place.bounds if role == "value" else None, sample))
+                self._piled += sample.numel()
+                if self._piled > _PILE:
+                    self._reduce()
         except Exception as error:  # whatever a tensor does, the run goes on
             self._on_failure(probe, place.site, error)
+
+    def _reduce(self) -> None:
+        """Reduce the subsamples that wait, those alike side by side: a few operations instead of a few for each."""
+        alike: dict[tuple[Any, ...], list[tuple[_Pass, str, str, torch.Tensor]]] = {}
+        for current, site, role, bounds, sample in self._pile:
+            if not current.closed:
+                kind = (len(sample), bounds, sample.dtype, sample.device)
+                alike.setdefault(kind, []).append((current, site, role, sample))
+        self._pile, self._piled = [], 0
+        for (_, bounds, *_), items in alike.items():
+            try:
+                states = tails.reduce(torch.cat([sample for *_, sample in items], 1), bounds)
+                parts = states.split([sample.shape[1] for *_, sample in items], 1)
+                for (current, site, role, _), state in zip(items, parts, strict=True):
+                    current.add(site, role, "tails", state)
+            except Exception as error:  # whatever a tensor does, the run goes on
+                self._on_failure("tails", items[0][1], error)
 
     def _norm(
         self, name: str, call: int, module: nn.Module, parts: NormParts, x: torch.Tensor | None, current: _Pass

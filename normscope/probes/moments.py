@@ -17,7 +17,6 @@ _CANCELLED = 1e3  # mean^2 / var above which sum x^2 - n mean^2 has lost its dig
 _ROWS = 16384  # rows summed at once: the kernel adds them up one by one in float32, and a million would lose the mean
 
 
-@torch.no_grad()
 def observe(view: Channeled) -> torch.Tensor:
     """Return the state [3, C] of one tensor.
 
@@ -46,7 +45,9 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
         return mean, variance * count
     parts = [(part.shape[0], *torch.batch_norm_update_stats(part, None, None, 0.0)) for part in x.split(_ROWS)]
-    sizes, means, variances = (torch.stack([torch.as_tensor(part[i], dtype=x.dtype) for part in parts]) for i in range(3))
+    sizes, means, variances = (
+        torch.stack([torch.as_tensor(part[i], dtype=x.dtype) for part in parts]) for i in range(3)
+    )
     mean = (means * (sizes / count)[:, None]).sum(0)
     return mean, (sizes[:, None] * (variances + (means - mean).square())).sum(0)
 

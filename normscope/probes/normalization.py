@@ -2,13 +2,141 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import nn
 
 from normscope.norms.recognize import NormParts
+from normscope.probes.summary import Row, channel_row
 
 AREAS = 256  # areas (tokens, or samples x groups) looked at per step, at a fixed stride
+MAX_CHANNELS = 4096  # longer gains and biases are not kept whole
+_COUNTER = "num_batches_tracked"
+_TINY = 1e-300
+
+
+@dataclass
+class Calls:
+    """How often a normalization layer ran in a step, and how.
+
+    Attributes:
+        calls: training forwards, with gradient.
+        recomputed: forwards inside a backward pass (activation checkpointing).
+        silent: forwards in training mode without gradient.
+        training: whether its last training forward was in training mode.
+        batch: first dimension of its last input.
+    """
+
+    calls: int = 0
+    recomputed: int = 0
+    silent: int = 0
+    training: bool = True
+    batch: int = 0
+
+
+class Normalization:
+    """Turns the states of normalization layers into rows.
+
+    Args:
+        norms: their parts, by name.
+        modules: the watched modules, by name.
+        on_site: called with a site and its attributes when it is first seen.
+    """
+
+    def __init__(
+        self,
+        norms: Mapping[str, NormParts],
+        modules: Mapping[str, nn.Module],
+        on_site: Callable[[str, dict[str, object]], None],
+    ) -> None:
+        """Start with no layer seen; see the class."""
+        self._norms, self._modules, self._on_site = norms, modules, on_site
+        self._before: dict[str, np.ndarray] = {}
+
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """Return gains, biases and counters of batches by site."""
+        found: dict[str, torch.Tensor] = {}
+        for name, parts in self._norms.items():
+            for part in (parts.gain, parts.bias, _COUNTER if parts.has_running else None):
+                tensor = getattr(self._modules[name], part, None) if part else None
+                if isinstance(tensor, torch.Tensor) and tensor.numel() <= MAX_CHANNELS:
+                    found[f"{name}/{part}"] = tensor.detach()
+        return found
+
+    def rows(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        running: Mapping[str, np.ndarray],
+        calls: Mapping[str, Calls],
+        vectors: Mapping[str, np.ndarray],
+    ) -> list[Row]:
+        """Return rows of layers' inputs and of running statistics.
+
+        Args:
+            inputs: [3, areas or channels] count, mean, M2 of each input site.
+            running: [2, C] running mean and variance of each layer.
+            calls: how the layers were called.
+            vectors: `vectors()` on the host.
+
+        Returns:
+            Rows of sites "layer/input" and "layer/running".
+        """
+        rows = []
+        for site, (count, mean, m2) in inputs.items():
+            name = site.rpartition("/")[0].partition("#")[0]
+            parts, variance = self._norms[name], m2 / count
+            stats = {"mean": mean, "var": variance}
+            if parts.eps is not None:
+                stats["eps_weight"] = eps_weight(mean, variance, parts.eps, parts.kind == "rms")
+            batch = calls[name].batch if name in calls else math.nan
+            rows.append(channel_row(site, "value", stats, {"count": float(count[0]), "batch": batch}))
+        for name, (mean, variance) in running.items():
+            updates = float(vectors.get(f"{name}/{_COUNTER}", np.nan))
+            rows.append(
+                self._running(name, mean, variance, inputs.get(f"{name}/input"), calls.get(name, Calls()), updates)
+            )
+        return rows
+
+    def _running(
+        self, name: str, mean: np.ndarray, variance: np.ndarray, batch: np.ndarray | None, calls: Calls, updates: float
+    ) -> Row:
+        site = f"{name}/running"
+        if name not in self._before:
+            self._on_site(site, {"module": name, "call": 0, "slot": "running", **attributes(self._norms[name])})
+        stats = {"mean": mean, "var": variance}
+        if batch is not None and self._norms[name].kind == "batch":
+            count, batch_mean, m2 = batch
+            stats["drift"] = drift(batch_mean, m2 / np.maximum(count - 1, 1), mean, variance)
+        now = np.stack((mean, variance))
+        before, self._before[name] = self._before.get(name), now
+        scalars = {
+            "updates": updates,
+            "calls": calls.calls,
+            "recomputed": calls.recomputed,
+            "silent": calls.silent,
+            "training": float(calls.training) if calls.calls else math.nan,
+            "change": math.nan if before is None else change(before, now),
+        }
+        return channel_row(site, "value", stats, scalars)
+
+
+def change(before: np.ndarray, now: np.ndarray) -> float:
+    """Return the relative change of running statistics: |d mean| / |std| + |d var| / |var|, Euclidean over channels.
+
+    Args:
+        before: [2, C] running mean and variance at the sampled step before.
+        now: [2, C] the present ones.
+
+    Returns:
+        0 where nothing moved.
+    """
+    moved = np.linalg.norm(now - before, axis=1)
+    spread = math.sqrt(float(np.abs(now[1]).sum()))
+    return float(moved[0] / max(spread, _TINY) + moved[1] / max(float(np.linalg.norm(now[1])), _TINY))
 
 
 def attributes(parts: NormParts) -> dict[str, object]:
@@ -94,4 +222,5 @@ def drift(mean: np.ndarray, variance: np.ndarray, running_mean: np.ndarray, runn
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = variance / running_var
-        return 0.5 * (ratio - np.log(ratio) + (mean - running_mean) ** 2 / running_var - 1)
+        divergence = 0.5 * (ratio - np.log(ratio) + (mean - running_mean) ** 2 / running_var - 1)
+    return np.where(np.isinf(ratio), np.inf, divergence)

@@ -2,10 +2,115 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from normscope.core.site import Site
+from normscope.probes import optimizers
+from normscope.probes.summary import Row, channel_row
+
+
+class Parameters:
+    """Measures the parameters of one or several optimizers around a step.
+
+    Args:
+        named: watched parameters by name.
+        stepped: the optimizers.
+        on_site: called with a site and its attributes when it is first seen.
+    """
+
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        stepped: Sequence[torch.optim.Optimizer],
+        on_site: Callable[[str, dict[str, object]], None],
+    ) -> None:
+        """Start with nothing measured; see the class."""
+        self._named, self._optimizers, self._on_site = named, tuple(stepped), on_site
+        self._names = {id(parameter): name for name, parameter in named.items()}
+        self._known: set[str] = set()
+        self._copies: dict[int, list[torch.Tensor]] = {}
+        self._found: list[tuple[str, str, torch.Tensor]] = []
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Copy the weights."""
+        self._copies[id(optimizer)] = copies(p for _, p in self._mine(optimizer))
+
+    def gradients(self, optimizer: torch.optim.Optimizer, scale: torch.Tensor | None) -> None:
+        """Measure weights, as they were before the step, and gradients, divided by the loss scale."""
+        mine = self._mine(optimizer)
+        kept = self._copies.get(id(optimizer), [])
+        self._add("value", [name for name, _ in mine], norms(kept if len(kept) == len(mine) else [p for _, p in mine]))
+        graded = [(name, p.grad) for name, p in mine if p.grad is not None]
+        found = norms([gradient for _, gradient in graded])
+        found = found if scale is None else [norm / scale.to(norm.device) for norm in found]
+        self._add("gradient", [name for name, _ in graded], found)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Measure what the step has changed."""
+        before, mine = self._copies.pop(id(optimizer), []), self._mine(optimizer)
+        if len(before) == len(mine):
+            self._add("update", [name for name, _ in mine], update_norms([p for _, p in mine], before))
+
+    def states(self) -> list[torch.Tensor]:
+        """Return the norms measured in this step, on their devices."""
+        return [norm for *_, norm in self._found]
+
+    def rows(self, values: Sequence[float], vectors: Mapping[str, np.ndarray]) -> list[Row]:
+        """Return rows with norm and rms of each parameter and role.
+
+        Args:
+            values: the norms of `states`, on the host.
+            vectors: gains and biases of normalization layers by site, kept whole.
+
+        Returns:
+            One row a parameter and role.
+        """
+        scalars: dict[tuple[str, str], dict[str, float]] = {}
+        for (name, role, _), norm in zip(self._found, values, strict=True):
+            size = max(self._named[name].numel(), 1)
+            scalars[self._site(name), role] = {"norm": norm, "rms": norm / math.sqrt(size)}
+        for site in vectors:
+            scalars.setdefault((site, "value"), {})
+        whole = {(site, "value"): {"value": vector.reshape(-1)} for site, vector in vectors.items()}
+        return [channel_row(*key, whole.get(key, {}), found) for key, found in scalars.items()]
+
+    def discard(self) -> None:
+        """Forget what the step has left."""
+        self._copies, self._found = {}, []
+
+    def _add(self, role: str, names: Sequence[str], found: Sequence[torch.Tensor]) -> None:
+        self._found += [(name, role, norm) for name, norm in zip(names, found, strict=True)]
+
+    def _mine(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        return [(self._names[id(p)], p) for p in held if id(p) in self._names and not is_lazy(p)]
+
+    def _site(self, name: str) -> str:
+        module, _, slot = name.rpartition(".")
+        site = str(Site(module, 0, slot))
+        if name not in self._known:
+            self._known.add(name)
+            parameter = self._named[name]
+            optimizer, group = optimizers.owner(parameter, self._optimizers)
+            attributes: dict[str, object] = {
+                "module": module,
+                "call": 0,
+                "slot": slot,
+                "class": "Parameter",
+                "shape": list(parameter.shape),
+                "dtype": str(parameter.dtype).removeprefix("torch."),
+                "trainable": parameter.requires_grad,
+                "optimizer": optimizer,
+                "group": group,
+            }
+            self._on_site(site, attributes)
+        return site
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -19,11 +124,9 @@ def copies(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in parameters]
 
 
-@torch.no_grad()
 def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the Euclidean norm of each tensor, as scalars on its device; half precision is summed in float32."""
-    dense = [_dense(tensor) for tensor in tensors]
-    return [torch.linalg.vector_norm(t, dtype=_wide(t)) for t in dense]
+    return [_square(_dense(tensor)).sqrt_() for tensor in tensors]
 
 
 @torch.no_grad()
@@ -55,7 +158,7 @@ def _square(x: torch.Tensor) -> torch.Tensor:
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous():
         flat = x.view(-1)
         return torch.dot(flat, flat)  # at memory bandwidth; vector_norm is slower on a CPU
-    return torch.linalg.vector_norm(x, dtype=_wide(x)).square().to(torch.float32)
+    return torch.linalg.vector_norm(x, dtype=_wide(x)).square_()
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

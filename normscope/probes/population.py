@@ -71,5 +71,7 @@ def _run(
             losses.append(problem.loss(output, target).detach().reshape(()))
             outputs += [t.detach().double() for _, t in layout.tensors(output) if t.dtype.is_floating_point][:1]
     states = to_host([*collected.values(), *losses])
-    rows = [channel_row(site, "value", moments.compute(state), {}) for site, state in zip(collected, states, strict=False)]
+    rows = [
+        channel_row(site, "value", moments.compute(state), {}) for site, state in zip(collected, states, strict=False)
+    ]
     return rows, float(np.mean(states[len(collected) :])), outputs

@@ -44,6 +44,10 @@ class Problem:
             raise ArgumentError(f"loss={loss!r} must be callable as loss(output, target).")
         self.model, self.loss = model, loss
         self.forward: Forward = forward or _forward_pair
+        if not isinstance(batches, Iterable):
+            raise ArgumentError(
+                f"batches={batches!r} must be a sequence of batches (input, target), or a loader of them."
+            )
         if isinstance(batches, (list, tuple)):
             self.batches = batches
         else:

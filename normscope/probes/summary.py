@@ -99,6 +99,7 @@ def extremes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ordered[:, 0], median, ordered[rows, last]
 
 
+@np.errstate(all="ignore")  # a diverged run holds infinities
 def channel_row(site: str, role: str, stats: Mapping[str, np.ndarray], scalars: Mapping[str, float]) -> Row:
     """Summarize per-channel statistics of one site: mean and extremes of each, then further scalars.
 

@@ -1,9 +1,9 @@
 """Tails: per-channel maximum, exact zeros, kurtosis and saturation on a fixed subsample.
 
-Sorting, histograms and fourth moments cost many passes over a tensor; on at most 128 values per channel they cost nothing. The
+Sorting, histograms and fourth moments cost many passes over a tensor; on at most 32 values per channel they cost little. The
 subsample is not random: it strides by the golden ratio of the number of positions, modulo it, so that no random state is
-touched, the same positions are seen at every step, and they fall on all samples and all places. A state is a tensor [9, C] of counts, a maximum, a mean and central sums, which merge
-exactly (Pebay); raw powers would cancel where the mean is large.
+touched, the same positions are seen at every step, and they fall on all samples and all places. A state is a tensor [9, C]
+of counts, a maximum, a mean and central sums, which merge exactly (Pebay); raw powers would cancel where the mean is large.
 """
 
 from __future__ import annotations
@@ -17,43 +17,13 @@ import torch
 from normscope.probes.layout import Channeled
 
 STATS = ("max", "zeros", "kurtosis", "saturated")
-SAMPLES = 128
+SAMPLES = 32
 _EDGE = 0.01  # a bounded unit is saturated within 1 % of its range from either end
 
 
-@torch.no_grad()
 def observe(view: Channeled, bounds: tuple[float, float] | None = None) -> torch.Tensor:
-    """Return the state [9, C] of one tensor.
-
-    Args:
-        view: the tensor as [N, C, S] or [rows, C].
-        bounds: lower and upper bound of the values, for bounded activations.
-
-    Returns:
-        Rows: n, maximum of |x|, zeros, saturated, mean, the sums of (x - mean)^2, ^3 and ^4; then 1 if bounded.
-    """
-    sample = subsample(view)
-    sample = sample.to(torch.float32 if sample.device.type == "mps" else torch.float64)
-    n = torch.full_like(sample[0], len(sample))
-    mean = sample.mean(0)
-    centered = sample - mean
-    square = centered * centered
-    saturated = torch.zeros_like(n)
-    if bounds is not None:
-        edge = _EDGE * (bounds[1] - bounds[0])
-        saturated = ((sample < bounds[0] + edge) | (sample > bounds[1] - edge)).sum(0)
-    rows = (
-        n,
-        sample.abs().amax(0),
-        (sample == 0).sum(0),
-        saturated,
-        mean,
-        square.sum(0),
-        (square * centered).sum(0),
-        (square * square).sum(0),
-        torch.full_like(n, bounds is not None),
-    )
-    return torch.stack([row.to(sample.dtype) for row in rows])
+    """Return the state [9, C] of one tensor: `reduce(subsample(view), bounds)`."""
+    return reduce(subsample(view), bounds)
 
 
 def subsample(view: Channeled) -> torch.Tensor:
@@ -63,15 +33,45 @@ def subsample(view: Channeled) -> torch.Tensor:
         view: the tensor as [N, C, S] or [rows, C].
 
     Returns:
-        All values where there are no more than that, else those at positions floor(n frac((i + 1/2) golden ratio)).
+        A copy of all values where there are no more than that, else of those at positions
+        floor(n frac((i + 1/2) golden ratio)).
     """
     x = view.x
     if view.count <= SAMPLES:
-        return x if view.rows else x.movedim(1, -1).reshape(-1, x.shape[1])
-    positions = _positions(view.count, x.device)
+        return (x if view.rows else x.movedim(1, -1).reshape(-1, x.shape[1])).clone()
     if view.rows:
-        return x.index_select(0, positions)
-    return x[positions.div(x.shape[2], rounding_mode="floor"), :, positions % x.shape[2]]
+        return x.index_select(0, _positions(view.count, x.device))
+    samples, places = _places(view.count, x.shape[2], x.device)
+    return x[samples, :, places]
+
+
+@torch.no_grad()
+def reduce(sample: torch.Tensor, bounds: tuple[float, float] | None = None) -> torch.Tensor:
+    """Return the state [9, C] of subsamples; those of several tensors may stand side by side.
+
+    Args:
+        sample: [n, C].
+        bounds: lower and upper bound of the values, for bounded activations.
+
+    Returns:
+        Rows: n, maximum of |x|, zeros, saturated, mean, the sums of (x - mean)^2, ^3 and ^4; then 1 if bounded.
+    """
+    sample = sample.to(torch.float32 if sample.device.type == "mps" else torch.float64)
+    state = sample.new_zeros((9, sample.shape[1]))
+    state[0] = len(sample)
+    torch.amax(sample.abs(), 0, out=state[1])
+    torch.sum(sample == 0, 0, out=state[2])
+    if bounds is not None:
+        edge = _EDGE * (bounds[1] - bounds[0])
+        torch.sum((sample < bounds[0] + edge) | (sample > bounds[1] - edge), 0, out=state[3])
+        state[8] = 1
+    torch.mean(sample, 0, out=state[4])
+    centered = sample - state[4]
+    square = centered * centered
+    torch.sum(square, 0, out=state[5])
+    torch.sum(centered.mul_(square), 0, out=state[6])
+    torch.sum(square.mul_(square), 0, out=state[7])
+    return state
 
 
 @lru_cache(maxsize=256)
@@ -79,6 +79,12 @@ def _positions(count: int, device: torch.device) -> torch.Tensor:
     golden = (math.sqrt(5) - 1) / 2
     places = sorted({int((i + 0.5) * golden % 1 * count) for i in range(SAMPLES)})
     return torch.tensor(places, device=device)
+
+
+@lru_cache(maxsize=256)
+def _places(count: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    positions = _positions(count, device)
+    return positions.div(size, rounding_mode="floor"), positions % size
 
 
 def merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -91,19 +97,17 @@ def merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     m3 = m3_a + m3_b + step * delta * (p - q) + 3 * delta * (p * m2_b - q * m2_a)
     m4 = m4_a + m4_b + step * delta * delta * (p * p - p * q + q * q)
     m4 = m4 + 6 * delta * delta * (p * p * m2_b + q * q * m2_a) + 4 * delta * (p * m3_b - q * m3_a)
-    return torch.stack(
-        (
-            n,
-            torch.maximum(max_a, max_b),
-            zeros_a + zeros_b,
-            saturated_a + saturated_b,
-            mean_a + q * delta,
-            m2_a + m2_b + step,
-            m3,
-            m4,
-            torch.maximum(bounded_a, bounded_b),
-        )
-    )
+    return torch.stack((
+        n,
+        torch.maximum(max_a, max_b),
+        zeros_a + zeros_b,
+        saturated_a + saturated_b,
+        mean_a + q * delta,
+        m2_a + m2_b + step,
+        m3,
+        m4,
+        torch.maximum(bounded_a, bounded_b),
+    ))
 
 
 def compute(state: np.ndarray) -> dict[str, np.ndarray]:

@@ -85,7 +85,9 @@ class Scope:
         if path is None and self._path is None:
             raise ArgumentError("path=None: a run kept in memory has no folder; pass a path, as 'report.html'.")
         record = self.record()
-        return write_report(record, diagnose(record), path if path is not None else Path(str(self._path), "report.html"))
+        return write_report(
+            record, diagnose(record), path if path is not None else Path(str(self._path), "report.html")
+        )
 
     def close(self) -> None:
         """Detach: remove every hook, write what waits. A second call does nothing."""
@@ -115,7 +117,9 @@ class Scope:
         """Say what is attached and how far it is."""
         state = "closed" if self._closed else "attached"
         where = str(self._path) if self._path else "memory"
-        return f"Scope({self._summary}, {state}, step {self._session.step}, every {self._session.every}, run in {where})"
+        return (
+            f"Scope({self._summary}, {state}, step {self._session.step}, every {self._session.every}, run in {where})"
+        )
 
 
 def attach(
@@ -164,7 +168,14 @@ def attach(
     if reduction not in ("mean", "sum"):
         raise unknown_name("reduction", reduction, ("mean", "sum"), "It says how the loss joins the samples.")
     if problem is not None and not isinstance(problem, Problem):
-        raise ArgumentError(f"problem={type(problem).__name__} must be normscope.Problem(model, loss, batches), or None.")
+        raise ArgumentError(
+            f"problem={type(problem).__name__} must be normscope.Problem(model, loss, batches), or None."
+        )
+    if problem is not None and _unwrapped(problem.model) is not model:
+        raise ArgumentError(
+            f"problem holds another model, a {type(problem.model).__name__}; make it from the model that is attached to, and "
+            "pass forward=lambda model, batch: (output, target) if its call differs."
+        )
     if scaler is not None and not hasattr(scaler, "get_scale"):
         raise ArgumentError(f"scaler={type(scaler).__name__} must be a torch.amp.GradScaler, or None.")
     chosen = _checked_probes(probes)
@@ -215,14 +226,23 @@ def _checked_optimizers(model: nn.Module, optimizer: object) -> tuple[torch.opti
         raise ArgumentError("optimizer: the same optimizer is there twice; pass each once.")
     held = {id(p) for p in model.parameters()}
     if not held:
-        raise ArgumentError(f"model={type(model).__name__} has no parameters, so nothing trains; see normscope.examine.")
+        raise ArgumentError(
+            f"model={type(model).__name__} has no parameters, so nothing trains; see normscope.examine."
+        )
     for item in optimizers:
         if not isinstance(item, torch.optim.Optimizer):
-            raise ArgumentError(f"optimizer={type(item).__name__} must be a torch.optim.Optimizer or a sequence of them.")
+            raise ArgumentError(
+                f"optimizer={type(item).__name__} must be a torch.optim.Optimizer or a sequence of them."
+            )
         if not any(id(p) in held for group in item.param_groups for p in group["params"]):
             raise ArgumentError(
                 f"optimizer={type(item).__name__} holds none of the model's {len(held)} parameters: it belongs to another "
                 "model, or the model's parameters were replaced after it was made. Make the optimizer from model.parameters()."
+            )
+        if not hasattr(item, "_optimizer_step_pre_hooks"):
+            raise ArgumentError(
+                f"optimizer={type(item).__name__} has no step hooks, as it does not call torch.optim.Optimizer.__init__; "
+                "pass the optimizer that it wraps."
             )
     return optimizers  # type: ignore[return-value]  # each was checked
 
@@ -306,4 +326,3 @@ def _revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-

@@ -1,4 +1,4 @@
-"""Session: one attachment at work: steps, parameter probes, finalization, and writing; never the cause of a stop."""
+"""Session: one attachment at work: which step it is, what is sampled and written; never the cause of a stop."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from normscope.core.errors import StoreError
 from normscope.core.schedule import is_sampled, keeps_arrays
 from normscope.core.site import Site
 from normscope.core.store import Store
 from normscope.norms.recognize import NormParts
-from normscope.probes import layout, normalization, parameters, population, summary
-from normscope.probes.activations import Activations, Calls
+from normscope.probes import layout, optimizers, population, summary
+from normscope.probes.activations import Activations
+from normscope.probes.normalization import Normalization
+from normscope.probes.parameters import Parameters, squared_norm
 from normscope.probes.problem import Problem
 from normscope.probes.transfer import to_host
 
@@ -37,7 +38,7 @@ class Session:
         modules: the watched modules, by name.
         norms: normalization layers among them.
         named: watched parameters, by name.
-        optimizers: the optimizers whose steps together are one step.
+        stepped: the optimizers whose steps together are one step.
         store: where the record goes.
         every: a step is sampled if its index is a multiple.
         probes: names of the probes that run.
@@ -50,7 +51,7 @@ class Session:
         modules: Mapping[str, nn.Module],
         norms: Mapping[str, NormParts],
         named: Mapping[str, nn.Parameter],
-        optimizers: Sequence[torch.optim.Optimizer],
+        stepped: Sequence[torch.optim.Optimizer],
         store: Store,
         *,
         every: int,
@@ -60,15 +61,13 @@ class Session:
     ) -> None:
         """Set the first step up as sampled; see the class."""
         self.store, self.every, self.problem, self.scaler = store, every, problem, scaler
-        self._modules, self._norms, self._named = modules, norms, named
+        self._norms, self._optimizers = norms, tuple(stepped)
         self._probes = set(probes)
-        self._names = {id(parameter): name for name, parameter in named.items()}
-        self._optimizers = tuple(optimizers)
         self._activations = Activations(norms, self._probes, self._on_site, self.fail)
+        self._parameters = Parameters(named, self._optimizers, self._on_site)
+        self._normalization = Normalization(norms, modules, self._on_site)
         self._order = 0
-        self._known_parameters: set[str] = set()
         self._samples = 0
-        self._running_before: dict[str, np.ndarray] = {}
         self._latest: tuple[int, list[tuple[str, summary.Row]]] | None = None
         self._failed_commits = 0
         self._rows: dict[int, dict[str, Any]] = {}
@@ -111,30 +110,27 @@ class Session:
         """Read settings and gradients, copy weights; with a closure gradients are read afterwards."""
         try:
             self._see_skip()
-            mine = self._mine(optimizer)
             if self.active:
-                self._settings[id(optimizer)] = _settings(optimizer, self._optimizers)
-            if self.active and "parameters" in self._probes:
-                self._copies[id(optimizer)] = parameters.copies(p for _, p in mine)
+                self._settings[id(optimizer)] = optimizers.settings(optimizer, self._optimizers)
+                if "parameters" in self._probes:
+                    self._parameters.before_step(optimizer)
             if not has_closure:
-                self._read_gradients(optimizer, mine)
+                self._read_gradients(optimizer)
         except Exception as error:  # the run goes on
             self.fail("parameters", "", error)
 
     def after_step(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
         """Measure updates; when every optimizer has stepped, the step ends."""
         try:
-            mine = self._mine(optimizer)
             if has_closure:
-                self._read_gradients(optimizer, mine)
-            before = self._copies.pop(id(optimizer), None)
-            if before is not None and len(before) == len(mine):
-                names, tensors = zip(*mine, strict=True) if mine else ((), ())
-                found = parameters.update_norms(tensors, before)
-                self._norm_states += [(name, "update", norm) for name, norm in zip(names, found, strict=True)]
+                self._read_gradients(optimizer)
+            if self.active and "parameters" in self._probes:
+                self._parameters.after_step(optimizer)
         except Exception as error:  # the run goes on
             self.fail("parameters", "", error)
-        self._judged_inside = getattr(optimizer, "found_inf", None) is not None  # a fused optimizer that may have skipped
+        self._judged_inside = (
+            getattr(optimizer, "found_inf", None) is not None
+        )  # a fused optimizer that may have skipped
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._optimizers):
             self._end_step(skipped=False)
@@ -142,7 +138,7 @@ class Session:
     # ---- what the scope asks ---------------------------------------------------------------------------------------
 
     def annotate(self, values: Mapping[str, Any]) -> None:
-        """Add what the user knows to the step just finished, unless the next one has begun or it has been told already."""
+        """Add what the user knows to the step just finished, unless the next has begun or it has been told already."""
         known = {name: value for name, value in values.items() if value is not None}
         begun = self._forwards > 0 if self._root_runs else bool(self._told & set(known))
         if self._last_row is None or begun:
@@ -156,14 +152,15 @@ class Session:
     def flush(self) -> None:
         """Write what waits; a full disk is reported once and tried again at the next sampled step."""
         rows, self._rows = list(self._rows.values()), {}
-        waiting = [(row, name, value) for row in rows for name, value in row.items() if isinstance(value, (list, torch.Tensor))]
+        items = ((row, name, value) for row in rows for name, value in row.items())
+        waiting = [item for item in items if isinstance(item[2], (list, torch.Tensor))]
         tensors = [value if isinstance(value, list) else [value] for _, _, value in waiting]
         host = iter(to_host([t.reshape(-1)[:1] for group in tensors for t in group]))
         for (row, name, _), group in zip(waiting, tensors, strict=True):
             total = sum(float(next(host)[0]) for _ in group)
             row[name] = math.sqrt(total) if isinstance(row[name], list) and total >= 0 else total
         for row in rows:
-            self.store.step({name: _known(value) for name, value in row.items()})
+            self.store.step({name: optimizers.known(value) for name, value in row.items()})
         try:
             self.store.commit()
             self._failed_commits = 0
@@ -213,12 +210,10 @@ class Session:
         self._suspended = False
         self._squares: dict[int, list[torch.Tensor]] = {}
         self._stepped: set[int] = set()
-        self._copies: dict[int, list[torch.Tensor]] = {}
         self._settings: dict[int, list[dict[str, Any]]] = {}
-        self._norm_states: list[tuple[str, str, torch.Tensor]] = []
         self.active = is_sampled(self.step, self.every) and bool(self._probes)
-        self._row: dict[str, Any] = dict.fromkeys(("loss", "grad_norm"))
-        self._row |= {"step": self.step, "sampled": self.active, "batch_size": None, "loss_scale": self._scale, "skipped": False}
+        self._row: dict[str, Any] = dict.fromkeys(("loss", "grad_norm", "batch_size"))
+        self._row |= {"step": self.step, "sampled": self.active, "loss_scale": self._scale, "skipped": False}
 
     def _end_step(self, skipped: bool) -> None:
         sampled, self.active = self.active, False
@@ -236,6 +231,7 @@ class Session:
             for probe in sorted(self._probes):
                 self.fail(probe, "", error)
         self._activations.discard()
+        self._parameters.discard()
         self.step += 1
         self._begin_step()
 
@@ -256,40 +252,23 @@ class Session:
     def _loss_scale(self) -> float | None:
         return None if self.scaler is None else float(self.scaler.get_scale())
 
-    # ---- parameters ------------------------------------------------------------------------------------------------
-
-    def _mine(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:
-        if not self.active:
-            return []
-        held = (p for group in optimizer.param_groups for p in group["params"])
-        return [(self._names[id(p)], p) for p in held if id(p) in self._names and not is_lazy(p)]
-
-    def _read_gradients(self, optimizer: torch.optim.Optimizer, mine: list[tuple[str, torch.Tensor]]) -> None:
+    def _read_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        given = self._row["grad_norm"]
         scale = getattr(optimizer, "grad_scale", None)  # set only while a fused optimizer undoes the scale itself
-        squares = parameters.squared_norm(held)
+        squares = squared_norm(held)
         if scale is not None:
             squares = [square / scale.to(square.device).square() for square in squares]
         self._squares[id(optimizer)] = squares  # of its last step, where it steps more often than the others
-        if given is None or isinstance(given, list):
+        if self._row["grad_norm"] is None or isinstance(self._row["grad_norm"], list):
             self._row["grad_norm"] = [square for some in self._squares.values() for square in some]
-        if not self.active or "parameters" not in self._probes:
-            return
-        values = self._copies.get(id(optimizer), [])  # weights before the step, also when it calls a closure
-        values = values if len(values) == len(mine) else [p for _, p in mine]
-        with_gradient = [(name, p) for name, p in mine if p.grad is not None]
-        for role, tensors in (("value", values), ("gradient", [p.grad for _, p in with_gradient])):
-            names = [name for name, _ in (mine if role == "value" else with_gradient)]
-            found = parameters.norms([t for t in tensors if t is not None])
-            if role == "gradient" and scale is not None:
-                found = [norm / scale.to(norm.device) for norm in found]
-            self._norm_states += [(name, role, norm) for name, norm in zip(names, found, strict=True)]
+        if self.active and "parameters" in self._probes:
+            self._parameters.gradients(optimizer, scale)
 
     # ---- finalization of a sampled step ----------------------------------------------------------------------------
 
     def _sample(self) -> None:
-        rows = [("train", row) for row in self._measured_rows()]
+        with np.errstate(all="ignore"):  # a diverged run holds infinities
+            rows = [("train", row) for row in self._measured_rows()]
         self._samples += 1
         keep = keeps_arrays(self._samples - 1)
         if keep:
@@ -310,111 +289,21 @@ class Session:
 
     def _measured_rows(self) -> list[summary.Row]:
         measured, calls, running = self._activations.collect()
-        vectors = self._vectors()
-        tensors = [m.state for m in measured] + [n for *_, n in self._norm_states] + [*vectors.values(), *running.values()]
-        host = iter(to_host(tensors))
+        vectors = self._normalization.vectors() if "normalization" in self._probes else {}
+        norms = self._parameters.states()
+        host = iter(to_host([*(m.state for m in measured), *norms, *vectors.values(), *running.values()]))
         states = [next(host) for _ in measured]
+        values = [float(next(host)) for _ in norms]
+        whole = {site: next(host) for site in vectors}
+        kept = {name: next(host) for name in running}
         rows = []
         for probe in ("moments", "tails"):
             here = [i for i, m in enumerate(measured) if m.probe == probe]
             sites = [(measured[i].site, measured[i].role) for i in here]
             rows += summary.summarize(probe, sites, [states[i] for i in here], self._row["loss_scale"] or 1.0)
-        rows += self._parameter_rows([float(next(host)) for _ in self._norm_states], {name: next(host) for name in vectors})
+        rows += self._parameters.rows(values, {site: v for site, v in whole.items() if v.ndim})
         inputs = {m.site: state for m, state in zip(measured, states, strict=True) if m.probe in ("batch", "areas")}
-        found = {name: next(host) for name in running}
-        return rows + self._norm_rows(inputs, found, calls)
-
-    def _vectors(self) -> dict[str, torch.Tensor]:
-        """Return gains and biases of normalization layers, and counters of batches."""
-        if "normalization" not in self._probes:
-            return {}
-        vectors: dict[str, torch.Tensor] = {}
-        for name, parts in self._norms.items():
-            for part in (parts.gain, parts.bias, "num_batches_tracked" if parts.has_running else None):
-                tensor = getattr(self._modules[name], part, None) if part else None
-                if isinstance(tensor, torch.Tensor) and tensor.numel() <= MAX_CHANNELS:
-                    vectors[f"{name}/{part}"] = tensor.detach()
-        return vectors
-
-    def _parameter_rows(self, norms: list[float], vectors: Mapping[str, np.ndarray]) -> list[summary.Row]:
-        scalars: dict[tuple[str, str], dict[str, float]] = {}
-        for (name, role, _), norm in zip(self._norm_states, norms, strict=True):
-            size = self._named[name].numel()
-            scalars[self._parameter_site(name), role] = {"norm": norm, "rms": norm / math.sqrt(max(size, 1))}
-        for site, array in vectors.items():
-            if not site.endswith("/num_batches_tracked"):
-                scalars.setdefault((site, "value"), {})
-        self._counters = {site.rpartition("/")[0]: float(a) for site, a in vectors.items() if a.ndim == 0 and "num_batches" in site}
-        return [
-            summary.channel_row(site, role, _value(vectors, site, role), found) for (site, role), found in scalars.items()
-        ]
-
-    def _parameter_site(self, name: str) -> str:
-        module, _, slot = name.rpartition(".")
-        site = str(Site(module, 0, slot))
-        if name not in self._known_parameters:
-            self._known_parameters.add(name)
-            parameter = self._named[name]
-            place = next(
-                ((group["optimizer"], group["group"]) for o in self._optimizers for group in _settings(o, self._optimizers)
-                 if any(p is parameter for p in o.param_groups[group["group"]]["params"])),
-                ("", None),
-            )
-            self._on_site(
-                site,
-                {
-                    "module": module,
-                    "call": 0,
-                    "slot": slot,
-                    "class": "Parameter",
-                    "shape": list(parameter.shape),
-                    "dtype": str(parameter.dtype).removeprefix("torch."),
-                    "trainable": parameter.requires_grad,
-                    "optimizer": place[0],
-                    "group": place[1],
-                },
-            )
-        return site
-
-    def _norm_rows(
-        self, inputs: Mapping[str, np.ndarray], running: Mapping[str, np.ndarray], calls: Mapping[str, Calls]
-    ) -> list[summary.Row]:
-        rows = []
-        for site, (count, mean, m2) in inputs.items():
-            name = site.rpartition("/")[0].partition("#")[0]
-            parts, variance = self._norms[name], m2 / count
-            stats = {"mean": mean, "var": variance}
-            if parts.eps is not None:
-                stats["eps_weight"] = normalization.eps_weight(mean, variance, parts.eps, parts.kind == "rms")
-            batch = calls[name].batch if name in calls else math.nan
-            rows.append(summary.channel_row(site, "value", stats, {"count": float(count[0]), "batch": batch}))
-        for name, (mean, variance) in running.items():
-            rows.append(self._running_row(name, mean, variance, inputs.get(f"{name}/input"), calls.get(name, Calls())))
-        return rows
-
-    def _running_row(
-        self, name: str, mean: np.ndarray, variance: np.ndarray, batch: np.ndarray | None, calls: Calls
-    ) -> summary.Row:
-        site = f"{name}/running"
-        if name not in self._running_before:
-            self._on_site(site, {"module": name, "call": 0, "slot": "running", **normalization.attributes(self._norms[name])})
-        stats = {"mean": mean, "var": variance}
-        if batch is not None and self._norms[name].kind == "batch":
-            count, batch_mean, m2 = batch
-            stats["drift"] = normalization.drift(batch_mean, m2 / np.maximum(count - 1, 1), mean, variance)
-        before = self._running_before.get(name)
-        self._running_before[name] = now = np.stack((mean, variance))
-        spread = np.linalg.norm(np.sqrt(np.abs(variance)))
-        scalars = {
-            "updates": self._counters.get(name, math.nan),
-            "calls": calls.calls,
-            "recomputed": calls.recomputed,
-            "silent": calls.silent,
-            "training": float(calls.training) if calls.calls else math.nan,
-            "change": math.nan if before is None else float(np.linalg.norm((now - before)[0]) / max(spread, 1e-300))
-            + float(np.linalg.norm((now - before)[1]) / max(float(np.linalg.norm(variance)), 1e-300)),
-        }
-        return summary.channel_row(site, "value", stats, scalars)
+        return rows + self._normalization.rows(inputs, kept, calls, whole)
 
     def _snapshot(self, step: int) -> list[tuple[str, summary.Row]]:
         if self.problem is None or "population" not in self._probes:
@@ -436,33 +325,3 @@ class Session:
         self._order += 1
         if attributes.get("note"):
             self.store.event(self.step, "unmeasured", site, str(attributes["note"]))
-
-
-def _settings(optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
-    """Return learning rate, momentum and decay of each parameter group, as the optimizer will use them now."""
-    kind = type(optimizer).__name__
-    alike = [o for o in optimizers if type(o).__name__ == kind]
-    label = kind if len(alike) == 1 else f"{kind} {next(i for i, o in enumerate(alike) if o is optimizer)}"
-    return [
-        {
-            "optimizer": label,
-            "group": number,
-            "lr": _known(group.get("lr")),
-            "momentum": _known(group.get("momentum", (group.get("betas") or (None,))[0])),
-            "decay": _known(group.get("weight_decay")),
-        }
-        for number, group in enumerate(optimizer.param_groups)
-    ]
-
-
-def _known(value: Any) -> Any:
-    """Return a number for the store: None stays unknown, NaN becomes infinity, for both say "not finite"."""
-    if value is None or isinstance(value, (str, int)):
-        return value
-    number = float(value)
-    return math.inf if math.isnan(number) else number
-
-
-def _value(vectors: Mapping[str, np.ndarray], site: str, role: str) -> dict[str, np.ndarray]:
-    array = vectors.get(site)
-    return {} if array is None or role != "value" else {"value": array.reshape(-1)}

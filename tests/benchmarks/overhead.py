@@ -127,7 +127,10 @@ def main():
     for setting, (settings, limits) in SETTINGS.items():
         for name in arguments.models:
             found = ratio(MODELS[name], settings, arguments.steps)
-            print(f"{setting:32s} {name:12s} {found:.3f}  {limits[name]:.2f}  {'ok' if found <= limits[name] else 'OVER'}", flush=True)
+            print(
+                f"{setting:32s} {name:12s} {found:.3f}  {limits[name]:.2f}  {'ok' if found <= limits[name] else 'OVER'}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

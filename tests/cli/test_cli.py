@@ -1,7 +1,6 @@
 """The command line: help, exit codes, catalog, demo."""
 
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -70,7 +69,9 @@ def test_demo_ends_with_findings_and_paths(model, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["demo", "--model", model, "--steps", "22", "--seed", "3", "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    assert str(out) in text and (out / "report.html").exists() and (out / "findings.json").exists()
+    assert str(out) in text
+    assert (out / "report.html").exists()
+    assert (out / "findings.json").exists()
     record = ns.load(out)
     assert list(record.steps) == [0, 10, 20]
     assert record.runs[0]["seed"] == 3

@@ -79,6 +79,9 @@ def test_an_in_place_layer_does_not_change_what_came_before():
     record = watched(model, x)
     for number, (value, gradient) in enumerate(zip((before, after, y), gradients, strict=True)):
         check_site(record, f"{number}/output", value, gradient)
+        np.testing.assert_allclose(record.array(f"{number}/output", "max")[1][0], value.detach().abs().amax(0))
+        zeros = (value == 0).double().mean(0)
+        np.testing.assert_allclose(record.array(f"{number}/output", "zeros")[1][0], zeros)
 
 
 def test_calls_of_a_shared_module_are_told_apart():

@@ -156,8 +156,8 @@ def test_undisturbed_restores_modes_buffers_and_random_states_also_after_an_erro
 
 def test_reading_a_shuffling_loader_moves_no_random_state():
     data = TensorDataset(torch.arange(8.0)[:, None], torch.arange(8.0))
-    states = random_states()
-    problem = ns.Problem(nn.Linear(1, 1), LOSS, DataLoader(data, batch_size=2, shuffle=True))
+    model, states = nn.Linear(1, 1), random_states()
+    problem = ns.Problem(model, LOSS, DataLoader(data, batch_size=2, shuffle=True))
     assert random_states() == states
     assert len(problem.batches) == 4
     assert repr(problem) == "Problem(Linear, 2 parameters, 4 batches)"

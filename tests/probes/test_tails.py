@@ -33,14 +33,14 @@ def sampled(x, axis):
         (draw(6, 5, 4, 4), 1),
         (draw(8, 5, 30, 30), 1),
         (draw(8, 5, 30, 30).to(memory_format=torch.channels_last), 1),
-        (draw(128, 5), -1),
-        (draw(129, 5), -1),
+        (draw(tails.SAMPLES, 5), -1),
+        (draw(tails.SAMPLES + 1, 5), -1),
         (draw(7, 500, 5, mean=3), -1),
         (draw(8, 5, 40).bfloat16(), 1),
         (draw(8, 5, 40, mean=1e5, dtype=torch.float64), 1),
         (draw(5, 9, 9).relu().reshape(5, 81).T, -1),
     ],
-    ids=["few", "NCHW", "channels last", "128 rows", "129 rows", "BTC", "bf16", "far mean", "zeros"],
+    ids=["few", "NCHW", "channels last", "all rows", "one row more", "BTC", "bf16", "far mean", "zeros"],
 )
 def test_statistics_are_those_of_the_positions(x, axis):
     state = tails.observe(layout.channeled(x, axis)).double().numpy()
@@ -54,14 +54,14 @@ def test_statistics_are_those_of_the_positions(x, axis):
 
 @pytest.mark.parametrize("mean", [1e2, 1e4, 1e6])
 def test_kurtosis_survives_a_far_mean(mean):
-    x = draw(100, 4, mean=mean)
+    x = draw(tails.SAMPLES, 4, mean=mean)
     found = tails.compute(tails.observe(layout.channeled(x, -1)).numpy())["kurtosis"]
     np.testing.assert_allclose(found, stats.kurtosis(x.double().numpy(), 0, fisher=False), rtol=1e-5)
 
 
 @pytest.mark.parametrize("value", [0.0, 1000.1, -1e-30])
 def test_a_constant_channel_has_no_kurtosis(value):
-    found = tails.compute(tails.observe(layout.channeled(torch.full((50, 2), value), -1)).numpy())
+    found = tails.compute(tails.observe(layout.channeled(torch.full((20, 2), value), -1)).numpy())
     assert np.isnan(found["kurtosis"]).all()
     assert found["zeros"].tolist() == [float(value == 0)] * 2
 
@@ -81,7 +81,7 @@ def test_saturation():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_value_spoils_its_channel_only(bad):
-    x = draw(50, 3)
+    x = draw(tails.SAMPLES, 3)
     x[7, 1] = bad
     found = tails.compute(tails.observe(layout.channeled(x, -1)).numpy())
     assert not np.isfinite(found["max"][1])
@@ -95,8 +95,8 @@ def test_a_bad_value_spoils_its_channel_only(bad):
 def test_merge_is_associative_and_equals_one_pass():
     x = draw(90, 4, mean=50, dtype=torch.float64)
     x[3, 0] = x[80, 0] = 0.0
-    a, b, c = (tails.observe(layout.channeled(part, -1), (-60.0, 60.0)) for part in x.split([10, 30, 50]))
-    whole = tails.observe(layout.channeled(x, -1), (-60.0, 60.0))
+    a, b, c = (tails.reduce(part, (-60.0, 60.0)) for part in x.split([10, 30, 50]))
+    whole = tails.reduce(x, (-60.0, 60.0))
     left = tails.merge(tails.merge(a, b), c)
     for other in (tails.merge(a, tails.merge(b, c)), tails.merge(tails.merge(c, a), b), whole):
         torch.testing.assert_close(left, other, rtol=1e-9, atol=1e-7)
@@ -109,5 +109,19 @@ def test_the_subsample_is_the_same_at_every_step_and_touches_no_random_state():
     assert torch.equal(one, two)
     assert torch.equal(before, torch.get_rng_state())
     assert len(one) == tails.SAMPLES
-    seen = torch.arange(64.0)[:, None, None, None].expand(64, 3, 20, 20)
-    assert len(tails.subsample(layout.channeled(seen, 1))[:, 0].unique()) == 64  # every sample is seen
+    seen = torch.arange(16.0)[:, None, None, None].expand(16, 3, 20, 20)
+    assert len(tails.subsample(layout.channeled(seen, 1))[:, 0].unique()) == 16  # every sample is seen
+
+
+def test_subsamples_side_by_side_reduce_as_each_by_itself():
+    parts = [draw(tails.SAMPLES, width, mean=width) for width in (1, 3, 7)]
+    joined = tails.reduce(torch.cat(parts, 1)).split([1, 3, 7], 1)
+    for part, state in zip(parts, joined, strict=True):
+        torch.testing.assert_close(state, tails.reduce(part), rtol=1e-12, atol=0)
+
+
+def test_a_subsample_is_a_copy():
+    x = torch.ones(tails.SAMPLES, 3)
+    kept = tails.subsample(layout.channeled(x, -1))
+    x.zero_()
+    assert bool((kept == 1).all())

@@ -1,7 +1,488 @@
-"""Methods that mix: several modes, or several normalizations with learned weights."""
+"""Methods that mix several statistics, modes or normalizations, weighted by parameters or by the input."""
 
 from __future__ import annotations
 
-from normscope.norms.row import Row
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-ROWS: tuple[Row, ...] = ()
+from normscope.norms.area import Batch, Group, Instance
+from normscope.norms.families.areas import largest_divisor
+from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept
+from normscope.norms.families.mixtures_evonorm import EvoNorm
+from normscope.norms.families.mixtures_modes import DynamicNorm, ExemplarNorm, MixtureNorm, ModeNorm
+from normscope.norms.families.mixtures_switchable import KINDS, SparseSwitchableNorm, SwitchableNorm
+from normscope.norms.families.mixtures_whitening import SwitchableWhitening
+from normscope.norms.layer import Norm, Normalization, in_float
+from normscope.norms.operation import Standardize
+from normscope.norms.part import Traits, positive, require
+from normscope.norms.population import Running, keep, track, valid_momentum
+from normscope.norms.recovery import Affine
+from normscope.norms.row import Row
+from normscope.norms.split import Split
+from normscope.norms.whiten import Whiten
+
+
+class BatchInstanceNorm(ChannelNorm):
+    """Batch-instance normalization: y = weight (gate BN(x) + (1 - gate) IN(x)) + bias, a gate for each channel.
+
+    The gate starts at 1. Keep it within [0, 1]: call `clip` after each step of the optimizer.
+
+    Args:
+        num_features: number of channels.
+        eps: added to the variance.
+        momentum: weight of the newest batch, None for a plain average.
+        affine: weight and bias for each channel.
+    """
+
+    gate: nn.Parameter
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+    ) -> None:
+        """Register weight, bias, gate and the stored batch statistics."""
+        super().__init__(num_features, eps, affine)
+        valid_momentum(momentum)
+        self.momentum = momentum
+        self.gate = nn.Parameter(torch.ones(num_features))
+        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
+
+    @property
+    def traits(self) -> Traits:
+        """Those of batch normalization."""
+        return Traits(crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True)
+
+    @torch.no_grad()
+    def clip(self) -> None:
+        """Bring the gate back to [0, 1]."""
+        self.gate.clamp_(0, 1)
+
+    @in_float
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `(N, C, *)`."""
+        z = instances(x, self.num_features)
+        var, mean = torch.var_mean(z, 2, correction=0)
+        if self.training:
+            b, batch, batch_var = self.moments(x)
+            track(self, self.momentum, mean=batch, var=self.bessel(batch_var, b))
+        else:
+            batch, batch_var = kept(self.running_mean, z), kept(self.running_var, z)
+        batch_part = self.gate * (batch_var + self.eps).rsqrt()
+        part = (1 - self.gate) * (var + self.eps).rsqrt()
+        y = z * (batch_part + part).unsqueeze(2) - (batch * batch_part + mean * part).unsqueeze(2)
+        return self.recover(y.reshape(x.shape), x)
+
+
+class TaskNorm(ChannelNorm):
+    """TaskNorm: moments of the context set, pooled with those of each instance or of each example.
+
+    mean = a mean_context + (1 - a) mean_own, var = a (var_context + (mean_context - mean)^2) + (1 - a) (var_own +
+    (mean_own - mean)^2), unbiased variances, a = sigmoid(scale n + offset) for a context of n examples. Training takes the
+    input for the context and stores its moments; evaluation takes the input for the target and uses the stored ones.
+
+    Args:
+        num_features: number of channels.
+        own: "instance" or "layer".
+        eps: added to the variance.
+        affine: weight and bias for each channel.
+    """
+
+    running_count: Tensor
+    a: nn.Parameter
+    b: nn.Parameter
+
+    def __init__(self, num_features: int, own: str = "instance", eps: float = 1e-5, affine: bool = True) -> None:
+        """Register weight, bias, scale a and offset b, and the moments of the context."""
+        super().__init__(num_features, eps, affine)
+        require(own, "own", ("instance", "layer"))
+        self.own = own
+        self.a, self.b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features), count=torch.ones(1))
+
+    @property
+    def traits(self) -> Traits:
+        """Those of batch normalization."""
+        return Traits(crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True)
+
+    @in_float
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize a context set in training, a target set in evaluation, `(N, C, *)`."""
+        z = instances(x, self.num_features)
+        dims = 2 if self.own == "instance" else (1, 2)
+        enough(z.shape[2] if self.own == "instance" else z.shape[1] * z.shape[2], x)
+        own_var, own = torch.var_mean(z, dims)
+        if self.own == "layer":
+            own_var, own = own_var.unsqueeze(1), own.unsqueeze(1)
+        context, var, count = self._context(z, x)
+        share = torch.sigmoid(self.a * count + self.b)
+        mean = share * context + (1 - share) * own
+        pooled = share * (var + (context - mean).square()) + (1 - share) * (own_var + (own - mean).square())
+        y = (z - mean.unsqueeze(2)) * (pooled + self.eps).rsqrt().unsqueeze(2)
+        return self.recover(y.reshape(x.shape), x)
+
+    def _context(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.training:
+            return kept(self.running_mean, z), kept(self.running_var, z), kept(self.running_count, z)
+        b, mean, var = self.moments(x)
+        unbiased = self.bessel(var, b)
+        count = torch.as_tensor(self.average.count(b)).to(z).reshape(1) / z.shape[2]
+        track(self, 1.0, mean=mean, var=unbiased, count=count)
+        return mean, unbiased, count
+
+
+class BatchChannelNorm(Normalization):
+    """Batch-channel normalization: batch normalization, then group normalization with an affine map for each group.
+
+    Args:
+        num_features: number of channels.
+        groups: number of groups of channels.
+        eps: added to the variances.
+        momentum: weight of the newest batch, None for a plain average.
+        affine: weight and bias for each channel, then for each group.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        groups: int = 32,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+    ) -> None:
+        """Make the two layers, batch and group; weight and bias are those of the groups."""
+        super().__init__()
+        self.num_features, self.groups, self.eps, self.momentum, self.affine = num_features, groups, eps, momentum, affine
+        recovery = Affine() if affine else None
+        self.batch = Norm(Batch(), Standardize(eps), recovery, Running(momentum), num_features=num_features)
+        self.group = Norm(Group(groups), Standardize(eps), num_features=num_features)
+        Affine(affine, affine).install(self, groups)
+
+    @property
+    def traits(self) -> Traits:
+        """Those of batch normalization."""
+        return Traits(crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True)
+
+    @in_float
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `(N, C, *)`."""
+        y = self.group(self.batch(x))
+        grouped = y.reshape(y.shape[0], self.groups, -1)
+        return Affine(self.affine, self.affine).apply(self, grouped, x, 1, None).reshape(x.shape)
+
+
+class InvariantNorm(Normalization):
+    """Invariance-exploiting transform: local scale is divided out, then the batch is whitened, which ignores the basis.
+
+    Each position is divided by the root mean square of all channels in a window around it; the result is centered and
+    whitened over the batch within groups of channels.
+
+    Args:
+        num_features: number of channels.
+        groups: number of groups of channels that are whitened.
+        window: size of the window, odd.
+        eps: added to mean squares and to the diagonal of the covariance.
+        momentum: weight of the newest batch, None for a plain average.
+        affine: weight and bias for each channel.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        groups: int = 1,
+        window: int = 3,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+    ) -> None:
+        """Make the whitening layer."""
+        super().__init__()
+        positive(eps, "eps")
+        require(window % 2, "window % 2", (1,))
+        self.num_features, self.groups, self.window, self.eps = num_features, groups, window, eps
+        self.momentum, self.affine = momentum, affine
+        self.whitening = Norm(
+            Batch(groups),
+            Whiten("newton", eps),
+            Affine() if affine else None,
+            Running(momentum),
+            num_features=num_features,
+        )
+
+    @property
+    def traits(self) -> Traits:
+        """Those of batch whitening; the local mean is not removed, so that a shift is seen."""
+        return Traits(crosses_batch=True, stateful=True, scale_invariant=True)
+
+    @in_float
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `(N, C, *)`."""
+        square = x.square().mean(1, keepdim=True)
+        if x.ndim > 2:
+            pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.ndim - 3]
+            window = [min(self.window, size - (size + 1) % 2) for size in x.shape[2:]]
+            square = pool(square, window, 1, [w // 2 for w in window], count_include_pad=False)
+        output: Tensor = self.whitening(x * (square + self.eps).rsqrt())
+        return output
+
+
+def _mixture(
+    num_features: int,
+    *,
+    components: int = 2,
+    iterations: int = 3,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    affine: bool = True,
+) -> MixtureNorm:
+    return MixtureNorm(num_features, components, iterations, eps, momentum, affine)
+
+
+def _mode(
+    num_features: int,
+    *,
+    modes: int = 2,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    affine: bool = True,
+) -> ModeNorm:
+    return ModeNorm(num_features, modes, eps, momentum, affine)
+
+
+def _switchable(
+    num_features: int,
+    *,
+    kinds: tuple[str, ...] = KINDS,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    affine: bool = True,
+) -> SwitchableNorm:
+    return SwitchableNorm(num_features, kinds, eps, momentum, affine)
+
+
+def _sparse(
+    num_features: int,
+    *,
+    radius: float = 0.0,
+    eps: float = 1e-5,
+    momentum: float | None = 0.003,
+    affine: bool = True,
+) -> SparseSwitchableNorm:
+    return SparseSwitchableNorm(num_features, radius, eps, momentum, affine)
+
+
+def _switchable_whitening(
+    num_features: int,
+    *,
+    kinds: int = 2,
+    groups: int | None = None,
+    iterations: int = 5,
+    tie: bool = False,
+    eps: float = 1e-5,
+    momentum: float | None = 0.01,
+    affine: bool = True,
+    published: bool = False,
+) -> SwitchableWhitening:
+    parts = num_features // largest_divisor(num_features, 16) if groups is None else groups
+    return SwitchableWhitening(num_features, kinds, parts, iterations, tie, eps, momentum, affine, published)
+
+
+def _exemplar(
+    num_features: int,
+    *,
+    reduction: int = 8,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    affine: bool = True,
+) -> ExemplarNorm:
+    return ExemplarNorm(num_features, reduction, eps, momentum, affine)
+
+
+def _dynamic(
+    num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True
+) -> DynamicNorm:
+    return DynamicNorm(num_features, eps, momentum, affine)
+
+
+def _batch_instance(
+    num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True
+) -> BatchInstanceNorm:
+    return BatchInstanceNorm(num_features, eps, momentum, affine)
+
+
+def _task(num_features: int, *, own: str = "instance", eps: float = 1e-5, affine: bool = True) -> TaskNorm:
+    return TaskNorm(num_features, own, eps, affine)
+
+
+def _batch_channel(
+    num_features: int,
+    *,
+    groups: int | None = None,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    affine: bool = True,
+) -> BatchChannelNorm:
+    parts = largest_divisor(num_features, 32) if groups is None else groups
+    return BatchChannelNorm(num_features, parts, eps, momentum, affine)
+
+
+def _evonorm(
+    num_features: int,
+    *,
+    kind: str = "b0",
+    groups: int | None = None,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    affine: bool = True,
+    activate: bool = True,
+    unbiased: bool = False,
+) -> EvoNorm:
+    parts = largest_divisor(num_features, 8) if groups is None else groups
+    return EvoNorm(num_features, kind, parts, eps, momentum, affine, activate, unbiased)
+
+
+def _invariant(
+    num_features: int,
+    *,
+    groups: int | None = None,
+    window: int = 3,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    affine: bool = True,
+) -> InvariantNorm:
+    parts = num_features // largest_divisor(num_features, 64) if groups is None else groups
+    return InvariantNorm(num_features, parts, window, eps, momentum, affine)
+
+
+def _instance_batch(
+    num_features: int,
+    *,
+    ratio: float = 0.5,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    affine: bool = True,
+) -> Split:
+    first = int(num_features * ratio)
+    recovery = Affine() if affine else None
+    return Split(
+        Norm(Instance(), Standardize(eps), recovery, num_features=first),
+        Norm(Batch(), Standardize(eps), recovery, Running(momentum), num_features=num_features - first),
+    )
+
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        "switchable",
+        "S052",
+        _switchable,
+        ("layer:switchable",),
+        ("sn",),
+        ("instance, layer, batch", "standardize", "affine", "running"),
+        ("sn2d", "sn2d_nobn"),
+    ),
+    Row(
+        "sparse-switchable",
+        "S053",
+        _sparse,
+        ("layer:sparse-switchable",),
+        ("ssn",),
+        ("instance, layer, batch", "standardize", "affine", "running"),
+        ("ssn_rad0p0", "ssn_rad0p6"),
+    ),
+    Row(
+        "switchable-whitening",
+        "S054",
+        _switchable_whitening,
+        ("layer:switchable-whitening",),
+        ("sw",),
+        ("batch, instance, layer", "whiten", "affine", "running"),
+        ("sw_type2", "sw_type3"),
+        options=(("groups", 2),),
+    ),
+    Row(
+        "mode",
+        "S051",
+        _mode,
+        ("layer:mode",),
+        ("mn",),
+        ("modes of the batch", "standardize", "affine", "running per mode"),
+    ),
+    Row(
+        "mixture",
+        "S050",
+        _mixture,
+        ("layer:mixture",),
+        parts=("components of the batch", "standardize", "affine", "running per component"),
+    ),
+    Row(
+        "exemplar",
+        "S055",
+        _exemplar,
+        ("layer:exemplar",),
+        ("en",),
+        ("instance, layer, batch", "standardize", "affine per kind", "running"),
+    ),
+    Row(
+        "dynamic",
+        "S056",
+        _dynamic,
+        ("layer:dynamic",),
+        parts=("learned", "standardize", "affine", "running"),
+    ),
+    Row(
+        "batch-instance",
+        "S057",
+        _batch_instance,
+        ("layer:batch-instance",),
+        ("bin",),
+        ("batch, instance", "standardize", "affine", "running"),
+        ("bin2d",),
+    ),
+    Row(
+        "task",
+        "S059",
+        _task,
+        ("layer:task",),
+        ("tasknorm",),
+        ("batch, instance", "standardize", "affine", "last context"),
+        (),
+    ),
+    Row(
+        "batch-channel",
+        "S060",
+        _batch_channel,
+        ("layer:batch-channel",),
+        ("bcn",),
+        ("batch, then group", "standardize", "affine, per group", "running"),
+        ("bcn",),
+        options=(("groups", 4),),
+    ),
+    Row(
+        "evonorm",
+        "S061",
+        _evonorm,
+        ("layer:evonorm",),
+        (),
+        ("batch and instance", "divide and activate", "affine", "running"),
+        ("evonorm_b0_lone", "evonorm_s0_lone", "timm_evonorm_b0", "timm_evonorm_s0"),
+    ),
+    Row(
+        "invariance-exploiting",
+        "S063",
+        _invariant,
+        ("layer:invariance-exploiting",),
+        parts=("window, then batch", "divide, then whiten", "affine", "running"),
+    ),
+    Row(
+        "instance-batch",
+        "S057",
+        _instance_batch,
+        (),
+        ("ibn",),
+        ("instance and batch", "standardize", "affine", "running"),
+        ("ibn",),
+    ),
+)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from normscope.core.errors import ArgumentError
 from normscope.norms.area import Batch, Instance
-from normscope.norms.average import rows
+from normscope.norms.average import LOCAL, rows
 from normscope.norms.layer import Normalization
 from normscope.norms.operation import safe_sqrt
 from normscope.norms.part import positive
@@ -38,10 +38,10 @@ class ChannelNorm(Normalization):
     def moments(self, x: Tensor, needed: int = 2) -> tuple[Tensor, Tensor, Tensor]:
         """Return the view `[1, C, N, L]`, mean and biased variance `[1, C]`; too few samples are an ArgumentError."""
         z = self.split(x)
-        enough(z.shape[2:].numel() if self.average is Normalization.average else needed, x, needed)
+        enough(z.shape[2:].numel() if self.average is LOCAL else needed, x, needed)
         return (z, *self.average.moments(z))
 
-    def unbiased(self, var: Tensor, z: Tensor) -> Tensor:
+    def bessel(self, var: Tensor, z: Tensor) -> Tensor:
         """Return the unbiased variance for a biased one."""
         count = self.average.count(z)
         return var * (count / (count - 1))

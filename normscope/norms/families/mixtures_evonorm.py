@@ -54,19 +54,11 @@ class EvoNorm(ChannelNorm):
         valid_momentum(momentum)
         divide(num_features, groups)
         self.kind, self.groups, self.momentum = kind, groups, momentum
-        self.activate, self.unbiased_variance = activate, unbiased
+        self.activate, self.unbiased = activate, unbiased
         learned = activate and kind in {"b0", "s0"}
         self.register_parameter("v", nn.Parameter(torch.ones(num_features)) if learned else None)
         if kind[0] == "b" and activate:
             keep(self, var=torch.ones(num_features))
-
-    def settings(self) -> dict[str, object]:
-        """Return the arguments of the constructor that differ from its defaults."""
-        names = {"num_features": self.num_features, "kind": self.kind, "groups": self.groups, "eps": self.eps}
-        names |= {"momentum": self.momentum, "affine": self.affine, "activate": self.activate}
-        defaults = {"kind": "b0", "groups": 8, "eps": 1e-5, "momentum": 0.1, "affine": True, "activate": True}
-        names["unbiased"], defaults["unbiased"] = self.unbiased_variance, False
-        return {name: value for name, value in names.items() if name not in defaults or defaults[name] != value}
 
     @property
     def traits(self) -> Traits:
@@ -86,8 +78,8 @@ class EvoNorm(ChannelNorm):
     def _batch_kind(self, z: Tensor, x: Tensor) -> Tensor:
         left = (self._batch_variance(x, z) + self.eps).sqrt().reshape(1, -1, 1)
         if self.v is not None:
-            enough(z.shape[2], x, 2 if self.unbiased_variance else 1)
-            var = z.var(2, correction=int(self.unbiased_variance), keepdim=True)
+            enough(z.shape[2], x, 2 if self.unbiased else 1)
+            var = z.var(2, correction=int(self.unbiased), keepdim=True)
             right = self.v.unsqueeze(1) * z + (var + self.eps).sqrt()
         else:
             rms = (z.square().mean(2, keepdim=True) + self.eps).sqrt()
@@ -98,9 +90,9 @@ class EvoNorm(ChannelNorm):
         if not self.training:
             return kept(self.running_var, z)
         b, _, var = self.moments(x)
-        unbiased = self.unbiased(var, b)
+        unbiased = self.bessel(var, b)
         track(self, self.momentum, var=unbiased)
-        return unbiased if self.unbiased_variance else var
+        return unbiased if self.unbiased else var
 
     def _sample_kind(self, z: Tensor, x: Tensor) -> Tensor:
         g = z.reshape(z.shape[0], self.groups, -1)
@@ -108,6 +100,6 @@ class EvoNorm(ChannelNorm):
             scale = (g.square().mean(2, keepdim=True) + self.eps).sqrt()
         else:
             enough(g.shape[2], x)
-            scale = safe_sqrt(g.var(2, correction=int(self.unbiased_variance), keepdim=True) + self.eps)
+            scale = safe_sqrt(g.var(2, correction=int(self.unbiased), keepdim=True) + self.eps)
         active = F.silu(z) if self.v is None else z * torch.sigmoid(self.v.unsqueeze(1) * z)
         return active.reshape(g.shape) / scale

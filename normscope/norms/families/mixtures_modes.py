@@ -72,7 +72,7 @@ class ModeNorm(ChannelNorm):
         enough(z.shape[0] * z.shape[2], x)
         var, mean = torch.var_mean(z, 2, correction=0)
         weights = gates.mT.unsqueeze(1)
-        share = self.average.mean(weights.mT.movedim(2, 1)).clamp_min(torch.finfo(z.dtype).tiny)
+        share = self.average.mean(gates.mT.unsqueeze(0)).mT.clamp_min(torch.finfo(z.dtype).tiny)
         whole = self.average.mean(weights * mean.mT) / share
         spread = var.mT + (mean.mT - whole.unsqueeze(2)).square()
         variance = self.average.mean(weights * spread) / share
@@ -234,7 +234,7 @@ class ExemplarNorm(ChannelNorm):
         whole_var, whole = torch.var_mean(z, (1, 2), correction=0)
         if self.training:
             b, batch, batch_var = self.moments(x)
-            track(self, self.momentum, mean=batch, var=self.unbiased(batch_var, b))
+            track(self, self.momentum, mean=batch, var=self.bessel(batch_var, b))
         else:
             batch, batch_var = kept(self.running_mean, z), kept(self.running_var, z)
         means = [mean, whole.unsqueeze(1).expand_as(mean), batch.expand_as(mean)]

@@ -104,7 +104,7 @@ class SwitchableNorm(ChannelNorm):
             b = Batch().split(x)
             enough(b.shape[2:].numel(), x)
             whole, biased = self.average.moments(b)
-            found["batch"] = whole, self.unbiased(biased, b)
+            found["batch"] = whole, self.bessel(biased, b)
             self._store(*found["batch"])
         return found | self._stored(z)
 
@@ -187,7 +187,7 @@ class SparseSwitchableNorm(SwitchableNorm):
     ) -> None:
         """Register what switchable normalization has, the radius, and the weightings in use."""
         super().__init__(num_features, KINDS, eps, momentum, affine)
-        self.register_buffer("circle", torch.tensor([float(radius)]))
+        self.register_buffer("circle", torch.tensor([float(radius)], dtype=torch.float64))
         for name in ("mean", "var"):
             self.register_buffer(f"{name}_fixed", torch.zeros(1, dtype=torch.long))
             self.register_buffer(f"{name}_mix", torch.ones(len(KINDS)))

@@ -36,6 +36,7 @@ from normscope.norms.families.recoveries_layers import (
     RepresentativeBatchNorm,
     SelfNorm,
 )
+from normscope.norms.families.recoveries_semantic import SemanticNorm
 from normscope.norms.layer import Norm
 from normscope.norms.operation import Standardize
 from normscope.norms.part import require
@@ -166,10 +167,10 @@ def _detached(num_features: int, *, eps: float = 1e-5, channels: str = "auto") -
 
 
 def _clipped(
-    num_features: int, *, fraction: float = 0.1, eps: float = 1e-5, affine: bool = True, channels: str = "auto"
+    num_features: int, *, tail: float = 0.1, eps: float = 1e-5, affine: bool = True, channels: str = "auto"
 ) -> Norm:
     recovery = Affine() if affine else None
-    return Norm(Layer(channels), ClippedStandardize(eps, fraction=fraction), recovery, num_features=num_features)
+    return Norm(Layer(channels), ClippedStandardize(eps, tail=tail), recovery, num_features=num_features)
 
 
 def _conditional(classes: int | None, style: int | None, hidden: int) -> Recovery:
@@ -177,7 +178,9 @@ def _conditional(classes: int | None, style: int | None, hidden: int) -> Recover
         raise ArgumentError(
             f"classes={classes!r} and style={style!r}: give the number of classes, or the length of a vector, not both."
         )
-    return Conditional(classes) if classes is not None else Modulated(style or 0, hidden, shared=False, shift=hidden > 0)
+    return (
+        Conditional(classes) if classes is not None else Modulated(style or 0, hidden, shared=False, shift=hidden > 0)
+    )
 
 
 def _conditional_batch(
@@ -212,9 +215,7 @@ def _conditional_group(
     return Norm(area, Standardize(eps), _conditional(classes, style, hidden), num_features=num_features)
 
 
-def _dynamic_instance(
-    num_features: int, *, style: int, kernel: int = 1, groups: int = 1, eps: float = 1e-5
-) -> Norm:
+def _dynamic_instance(num_features: int, *, style: int, kernel: int = 1, groups: int = 1, eps: float = 1e-5) -> Norm:
     recovery = DynamicConvolution(style, kernel, groups)
     return Norm(Instance(), Standardize(eps), recovery, num_features=num_features)
 
@@ -260,14 +261,24 @@ def _passport(
     return PassportNorm(num_features, eps, momentum, affine, reduction, published)
 
 
-def _selfnorm(
-    num_features: int, *, both: bool = False, eps: float = 1e-12, momentum: float | None = 0.1
-) -> SelfNorm:
+def _selfnorm(num_features: int, *, both: bool = False, eps: float = 1e-12, momentum: float | None = 0.1) -> SelfNorm:
     return SelfNorm(num_features, eps, momentum, both)
 
 
 def _crossnorm(num_features: int, *, probability: float = 0.5, eps: float = 1e-5) -> CrossNorm:
     return CrossNorm(num_features, probability, eps)
+
+
+def _semantic(
+    num_features: int,
+    *,
+    entities: int = 16,
+    sampling: bool = True,
+    temperature: float = 10.0,
+    eps: float = 1e-5,
+    affine: bool = True,
+) -> SemanticNorm:
+    return SemanticNorm(num_features, entities, sampling, temperature, eps, affine)
 
 
 def styled_by_image(num_features: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -288,9 +299,7 @@ def mapped(num_features: int, generator: torch.Generator) -> tuple[Tensor, Tenso
     return x, torch.randn(x.shape[0], 3, 8, 10, generator=generator, dtype=x.dtype)
 
 
-def with_passports(
-    num_features: int, generator: torch.Generator
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+def with_passports(num_features: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """Return images, two passports, and which examples take the branch with passports."""
     (x,) = image(num_features, generator)
     first, second = torch.randn(2, 2, num_features, 3, 3, generator=generator, dtype=x.dtype)
@@ -451,5 +460,13 @@ ROWS: tuple[Row, ...] = (
         ("passport",),
         ("batch", "standardize", "affine, or from passports", "running per branch"),
         inputs=with_passports,
+    ),
+    Row(
+        "attentive-semantic",
+        "S196",
+        _semantic,
+        ("layer:attentive-semantic",),
+        parts=("soft regions of an instance", "standardize", "affine per region, residual", "current"),
+        options=(("entities", 3),),
     ),
 )

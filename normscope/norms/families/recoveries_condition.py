@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from normscope.core.errors import ArgumentError
 from normscope.norms.area import spatial
+from normscope.norms.families.recoveries_input import scaled
 from normscope.norms.part import divide, known_features
 from normscope.norms.recovery import Affine, Conditional, Recovery, channels, mixed
 
@@ -69,7 +70,7 @@ class Injected(Recovery):
     def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
         """Scale and shift."""
         scale, shift = scale_and_shift(condition, y.shape[axis], self)
-        return y * channels(scale.to(y.dtype), y, axis) + channels(shift.to(y.dtype), y, axis)
+        return scaled(y, scale.to(y.dtype), shift.to(y.dtype), axis)
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,7 +167,7 @@ class Modulated(Recovery):
         v = F.silu(v) if self.silu else v
         v = host.trunk(v) if self.hidden and self.shared else v
         scale = host.to_scale(v) if self.shift else 1 + host.to_scale(v)
-        return y * channels(scale, y, axis) + channels(host.to_shift(v), y, axis)
+        return scaled(y, scale, host.to_shift(v), axis)
 
 
 @dataclass(frozen=True, repr=False)
@@ -190,10 +191,9 @@ class Sandwich(Conditional):
     def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
         """Scale and shift by labels `(N,)`, or by weights over the classes `(N, classes)`."""
         labels = needed(condition, self, "labels (N,)")
-        shared = Affine().apply(host, y, x, axis, None)
         mixing = labels.to(y.dtype) if labels.is_floating_point() else F.one_hot(labels, self.classes).to(y.dtype)
-        weight, bias = mixing @ host.class_weight, mixing @ host.class_bias
-        return shared * (channels(weight, y, axis) + self.offset) + channels(bias, y, axis)
+        gain = mixing @ host.class_weight + self.offset
+        return scaled(y, gain * host.weight, gain * host.bias + mixing @ host.class_bias, axis)
 
 
 @dataclass(frozen=True, repr=False)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from normscope.core.errors import ArgumentError
-from normscope.norms.average import LOCAL, Average
+from normscope.norms.average import LOCAL, Average, rows
 from normscope.norms.layer import Norm
 from normscope.norms.operation import Standardize
 from normscope.norms.part import Stats, Traits
@@ -55,25 +55,25 @@ class ClippedStandardize(Standardize):
     """Set the k largest and the k smallest samples to the k-th one, then standardize.
 
     Attributes:
-        fraction: k as a part of the samples, at least one.
+        tail: k as a part of the samples, at least one.
     """
 
-    fraction: float = 0.1
+    tail: float = 0.1
 
     def __post_init__(self) -> None:
-        """Refuse a fraction out of range.
+        """Refuse a tail out of range.
 
         Raises:
             ArgumentError: it is not in (0, 1/2).
         """
         super().__post_init__()
-        if not 0 < self.fraction < 0.5:
-            raise ArgumentError(f"fraction={self.fraction!r} must be above 0 and below 0.5, half of the samples.")
+        if not 0 < self.tail < 0.5:
+            raise ArgumentError(f"tail={self.tail!r} must be above 0 and below 0.5, half of the samples.")
 
     def clip(self, z: Tensor) -> Tensor:
         """Clip the extreme samples of each row."""
         flat = z.flatten(2)
-        k = max(int(flat.shape[2] * self.fraction), 1)
+        k = max(int(flat.shape[2] * self.tail), 1)
         top, bottom = flat.topk(k, 2).values[..., -1:], flat.topk(k, 2, largest=False).values[..., -1:]
         return flat.clamp(bottom, top).reshape(z.shape)
 
@@ -81,6 +81,10 @@ class ClippedStandardize(Standardize):
         """Take the statistics of the clipped values."""
         return super().measure(self.clip(z), average)
 
+    def coefficients(self, stats: Stats) -> None:
+        """Return None: clipping is not linear."""
+
     def apply(self, z: Tensor, stats: Stats) -> Tensor:
         """Standardize the clipped values."""
-        return super().apply(self.clip(z), stats)
+        z = self.clip(z)
+        return (z - rows(stats["mean"], z)) * rows(self._inverse(stats["var"]), z)

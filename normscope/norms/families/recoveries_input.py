@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
+from normscope.norms.affine import scale_shift
 from normscope.norms.area import Batch, Group, spatial
 from normscope.norms.layer import Norm
 from normscope.norms.operation import Standardize
@@ -20,6 +22,13 @@ from normscope.norms.recovery import Affine, Recovery, channels
 def positions(x: Tensor, axis: int) -> Tensor:
     """Reorder to `(N, C, L)`, whatever the channel axis."""
     return spatial(x if axis == 1 else x.movedim(-1, 1))
+
+
+def scaled(y: Tensor, scale: Tensor, shift: Tensor, axis: int) -> Tensor:
+    """Return y * scale + shift, values `(C,)` or `(N, C)`."""
+    if axis == -1:
+        return y * channels(scale, y, axis) + channels(shift, y, axis)
+    return scale_shift(y, scale.reshape(-1, y.shape[1]), shift.reshape(-1, y.shape[1]))
 
 
 def several(count: int, x: Tensor, part: object) -> None:
@@ -58,7 +67,7 @@ class InstanceEnhancement(Recovery):
     def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
         """Scale by the gated gain and shift."""
         gate = torch.sigmoid(positions(x, axis).mean(2) * host.gate_weight + host.gate_bias)
-        return y * channels(host.weight * gate, y, axis) + channels(host.bias, y, axis)
+        return scaled(y, host.weight * gate, host.bias, axis)
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,17 +115,25 @@ class InstanceMeta(Recovery):
         shift = torch.tanh(host.to_shift(torch.relu(host.embed(second))))
         scale = scale.repeat_interleave(size, 1) + host.weight
         shift = shift.repeat_interleave(size, 1) + host.bias
-        return y * channels(scale, y, axis) + channels(shift, y, axis)
+        return scaled(y, scale, shift, axis)
+
+
+class HardSigmoid(nn.Module):
+    """Clip x / 6 + 1/2 to [0, 1]; torch's own has a constant of single precision and no second derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu6(x + 3) / 6."""
+        return (x + 3).clamp(0, 6) / 6
 
 
 # name: number of linear layers, batch normalization after each, the function at the end
 ATTENTIONS: dict[str, tuple[int, bool, type[nn.Module]]] = {
-    "bn-hsigmoid": (1, True, nn.Hardsigmoid),
+    "bn-hsigmoid": (1, True, HardSigmoid),
     "bn-sigmoid": (1, True, nn.Sigmoid),
     "bn-softmax": (1, True, nn.Softmax),
-    "two-bn-hsigmoid": (2, True, nn.Hardsigmoid),
+    "two-bn-hsigmoid": (2, True, HardSigmoid),
     "sigmoid": (1, False, nn.Sigmoid),
-    "hsigmoid": (1, False, nn.Hardsigmoid),
+    "hsigmoid": (1, False, HardSigmoid),
     "two-sigmoid": (2, False, nn.Sigmoid),
 }
 
@@ -135,7 +152,7 @@ def attention(name: str, num_features: int, mixtures: int) -> nn.Sequential:
     depth, normalized, function = ATTENTIONS[name]
     sizes = [num_features, *([2 * mixtures] if depth == 2 else []), mixtures]
     layers: list[nn.Module] = []
-    for size, after in zip(sizes, sizes[1:], strict=False):
+    for size, after in pairwise(sizes):
         layers += [nn.ReLU()] if layers else []
         layers.append(nn.Linear(size, after, bias=not normalized))
         layers += [Norm(Batch(), Standardize(), Affine(), Running(), num_features=after)] if normalized else []
@@ -175,7 +192,7 @@ class Attentive(Recovery):
         several(z.shape[2], x, self)
         var, mean = torch.var_mean(z, 2)
         weights = host.attention(mean * (var + 1e-3).rsqrt())
-        return y * channels(weights @ host.weight, y, axis) + channels(weights @ host.bias, y, axis)
+        return scaled(y, weights @ host.weight, weights @ host.bias, axis)
 
 
 @dataclass(frozen=True, repr=False)
@@ -205,4 +222,4 @@ class Utterance(Recovery):
     def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
         """Scale and shift by the summary of the sequence."""
         a = torch.tanh(host.summary(positions(x, axis).transpose(1, 2))).mean(1)
-        return y * channels(host.to_scale(a), y, axis) + channels(host.to_shift(a), y, axis)
+        return scaled(y, host.to_scale(a), host.to_shift(a), axis)

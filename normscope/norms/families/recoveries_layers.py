@@ -13,7 +13,7 @@ from normscope.core.errors import ArgumentError
 from normscope.norms.area import Batch, Instance, Layer
 from normscope.norms.average import LOCAL, rows
 from normscope.norms.families.recoveries_condition import needed, scale_and_shift
-from normscope.norms.families.recoveries_input import positions, several
+from normscope.norms.families.recoveries_input import positions, scaled, several
 from normscope.norms.layer import Norm, Normalization, in_float
 from normscope.norms.operation import Standardize, safe_sqrt
 from normscope.norms.part import Traits, divide, known_features, positive, require
@@ -50,7 +50,9 @@ class Calibrated(Recovery):
     def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
         """Gate the normalized values, then scale and shift."""
         gate = torch.sigmoid(intensity(positions(y, axis), self.scaling) * host.scale_weight + host.scale_bias)
-        return Affine(self.affine, self.affine).apply(host, y * channels(gate, y, axis), x, axis, None)
+        if not self.affine:
+            return y * channels(gate, y, axis)
+        return scaled(y, gate * host.weight, host.bias, axis)
 
 
 class RepresentativeBatchNorm(Norm):
@@ -175,7 +177,7 @@ class LayerInstanceNorm(Normalization):
         if not self.adaptive:
             return self._recovery.apply(self, y, x, 1, None)
         scale, shift = scale_and_shift(style, self.num_features, self)
-        return y * channels(scale.to(y.dtype), y, 1) + channels(shift.to(y.dtype), y, 1)
+        return scaled(y, scale.to(y.dtype), shift.to(y.dtype), 1)
 
 
 class PassportNorm(Normalization):
@@ -230,7 +232,8 @@ class PassportNorm(Normalization):
         Returns:
             Scale, from the first, and shift, from the second.
         """
-        first, second = (Instance().split(p.to(self.passport[0].weight.dtype)).mean((0, 2)) for p in passports)
+        dtype = next(self.passport.parameters()).dtype
+        first, second = (Instance().split(p.to(dtype)).mean((0, 2)) for p in passports)
         return self.passport(first), self.passport(second)
 
     def sign_loss(self, passports: tuple[Tensor, Tensor], signature: Tensor, margin: float = 0.1) -> Tensor:
@@ -275,11 +278,11 @@ class PassportNorm(Normalization):
     def _secret(self, x: Tensor, passports: tuple[Tensor, Tensor]) -> Tensor:
         scale, shift = self.scale_and_shift(passports)
         y: Tensor = self.secret(x)
-        return y * channels(scale, y, 1) + channels(shift, y, 1)
+        return scaled(y, scale, shift, 1)
 
 
 class AdaptiveConvolutionNorm(Normalization):
-    """Adaptive convolution: patches are standardized by themselves, then convolved with a filter predicted from a style.
+    """Adaptive convolution: patches are standardized by themselves, then convolved with a filter from a style.
 
     y_p = sum over offsets o and channels j of W(v)_o (x_(p + o) - mean_p) / sd_p + b(v), mean and standard deviation of
     each channel over the patch around p; beyond the border the map repeats its edge.
@@ -345,7 +348,8 @@ class AdaptiveConvolutionNorm(Normalization):
         var, mean = torch.var_mean(patches, 2, correction=0, keepdim=True)
         z = ((patches - mean) * (var + self.eps).rsqrt()).reshape(n, self.groups, -1, patches.shape[3])
         filters = self.to_filter(v).reshape(n, self.groups, c // self.groups, -1)
-        return (filters @ z).reshape(x.shape) + channels(self.to_shift(v), x, 1)
+        y: Tensor = (filters @ z).reshape(x.shape) + channels(self.to_shift(v), x, 1)
+        return y
 
 
 class SelfNorm(Normalization):

@@ -64,7 +64,7 @@ KEYS = (
     Key("adanorm", lambda: build("adanorm", 8, scale=2.0), skip=_UNUSED),
     Key("ln_simple_nowb", lambda: build("simple-layer", 8), skip=_UNUSED),
     Key("ln_detach", lambda: build("detached-layer", 8), skip=_UNUSED),
-    Key("ln_topk", lambda: build("clipped-layer", 8, fraction=0.25)),
+    Key("ln_topk", lambda: build("clipped-layer", 8, tail=0.25)),
     Key("rbn", lambda: build("rbn", 8)),
 )
 

@@ -1,0 +1,55 @@
+"""Optimizers: the settings of their parameter groups, as they will be used in the step that begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def settings(optimizer: torch.optim.Optimizer, among: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    """Return learning rate, momentum and decay of each parameter group.
+
+    Args:
+        optimizer: the optimizer.
+        among: all optimizers of the run; of several of one class the label says which.
+
+    Returns:
+        One mapping a group: optimizer, group, lr, momentum (beta_1 where there are betas), decay.
+    """
+    return [
+        {
+            "optimizer": label(optimizer, among),
+            "group": number,
+            "lr": known(group.get("lr")),
+            "momentum": known(group.get("momentum", (group.get("betas") or (None,))[0])),
+            "decay": known(group.get("weight_decay")),
+        }
+        for number, group in enumerate(optimizer.param_groups)
+    ]
+
+
+def label(optimizer: torch.optim.Optimizer, among: Sequence[torch.optim.Optimizer]) -> str:
+    """Return the class of an optimizer, with its number where there are several of that class."""
+    kind = type(optimizer).__name__
+    alike = [other for other in among if type(other).__name__ == kind]
+    return kind if len(alike) == 1 else f"{kind} {next(i for i, other in enumerate(alike) if other is optimizer)}"
+
+
+def owner(parameter: torch.Tensor, among: Sequence[torch.optim.Optimizer]) -> tuple[str, int | None]:
+    """Return optimizer and group that hold a parameter; ("", None) where none does."""
+    for optimizer in among:
+        for number, group in enumerate(optimizer.param_groups):
+            if any(p is parameter for p in group["params"]):
+                return label(optimizer, among), number
+    return "", None
+
+
+def known(value: Any) -> Any:
+    """Return a number for the store: None stays unknown; NaN becomes infinity, both say "not finite"."""
+    if value is None or isinstance(value, (str, int)):
+        return value
+    number = float(value)
+    return math.inf if math.isnan(number) else number
