@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import warnings
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 from normscope.probes.problem import Problem
 
@@ -61,9 +64,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05, momentum=0.9, weight_decay=1e-3)
 
 
-def job(
-    model: nn.Module, *shape: int, dtype: torch.dtype = torch.float32, held: bool = False, **others: Any
-) -> Job:
+def job(model: nn.Module, *shape: int, dtype: torch.dtype = torch.float32, held: bool = False, **others: Any) -> Job:
     """Train on random inputs, drawn at every step from torch's own generator, so that a moved random state shows."""
     optimizer = sgd(model)
 
@@ -137,7 +138,11 @@ class OwnParameter(nn.Module):
 
 def integer_output() -> Job:
     choose = Wrap(lambda m, x: x.argmax(1))
-    return job(Wrap(lambda m, x: m.embed(m.choose(m.lin(x))), lin=nn.Linear(6, 6), choose=choose, embed=nn.Embedding(6, 4)), 5, 6)
+    return job(
+        Wrap(lambda m, x: m.embed(m.choose(m.lin(x))), lin=nn.Linear(6, 6), choose=choose, embed=nn.Embedding(6, 4)),
+        5,
+        6,
+    )
 
 
 class ComplexLayer(nn.Module):
@@ -182,7 +187,9 @@ def inference_tensor() -> Job:
 
 
 def inplace_relu() -> Job:
-    return job(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Linear(8, 2)), 16, 6, held=True)
+    return job(
+        nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Linear(8, 2)), 16, 6, held=True
+    )
 
 
 def shared_twice() -> Job:
@@ -196,7 +203,12 @@ def shared_alias() -> Job:
 
 
 def tied_weights() -> Job:
-    model = Wrap(lambda m, x: m.decode(m.norm(m.embed(x))), embed=nn.Embedding(9, 6), norm=nn.LayerNorm(6), decode=nn.Linear(6, 9))
+    model = Wrap(
+        lambda m, x: m.decode(m.norm(m.embed(x))),
+        embed=nn.Embedding(9, 6),
+        norm=nn.LayerNorm(6),
+        decode=nn.Linear(6, 9),
+    )
     model.decode.weight = model.embed.weight
     optimizer = sgd(model)
 
@@ -219,7 +231,11 @@ def gru_cell() -> Job:
 
 
 def attention() -> Job:
-    model = Wrap(lambda m, x: m.norm(x + m.attention(x, x, x)[0]), attention=nn.MultiheadAttention(8, 2, dropout=0.1), norm=nn.LayerNorm(8))
+    model = Wrap(
+        lambda m, x: m.norm(x + m.attention(x, x, x)[0]),
+        attention=nn.MultiheadAttention(8, 2, dropout=0.1),
+        norm=nn.LayerNorm(8),
+    )
     return job(model, 5, 3, 8)
 
 
@@ -402,7 +418,9 @@ def autocast() -> Job:
 
 
 def channels_last() -> Job:
-    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.GroupNorm(2, 6), nn.Conv2d(6, 2, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.GroupNorm(2, 6), nn.Conv2d(6, 2, 1)
+    )
     model = model.to(memory_format=torch.channels_last)
     optimizer = sgd(model)
 
@@ -472,7 +490,10 @@ def accumulation(times: int = 3) -> Job:
 
 def gan(critic: int = 1) -> Job:
     """Two optimizers; the critic may step several times a step of the generator."""
-    parts = nn.ModuleDict({"g": nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6)), "d": nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1))})
+    parts = nn.ModuleDict({
+        "g": nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6)),
+        "d": nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1)),
+    })
     make, judge = parts["g"], parts["d"]
     optimizers = (torch.optim.Adam(make.parameters(), 1e-2), torch.optim.Adam(judge.parameters(), 1e-2))
 
@@ -532,6 +553,38 @@ def adam_closure() -> Job:
         return loss
 
     return Job(model, (optimizer,), lambda: optimizer.step(closure=closure))
+
+
+def selective_checkpointing() -> Job:
+    """Checkpointing that keeps the results of some operations, which it finds again by their order."""
+    mixed = Wrap(lambda m, x: (x * 1.5).clone() * x.mean(1, keepdim=True).abs() + x.sum(1, keepdim=True))
+    block = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Dropout(0.2), nn.GELU(), mixed, nn.Linear(6, 6))
+    saved = ("aten.mul", "aten.mean", "aten.clone", "aten.abs", "aten.sum", "aten.addmm")
+
+    def policy(_context: object, operation: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+        must = str(operation).startswith(saved)
+        return CheckpointPolicy.MUST_SAVE if must else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    run = lambda m, x: m.last(checkpoint(m.block, m.first(x), use_reentrant=False, context_fn=contexts))  # noqa: E731
+    return job(Wrap(run, first=nn.Linear(6, 6), block=block, last=nn.Linear(6, 2)), 8, 6)
+
+
+def dry_runs() -> Job:
+    """Operations counted, and shapes found out with fake tensors, between the steps."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    base = job(model, 5, 6)
+    counts: list[int] = []
+
+    def step() -> None:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model(torch.empty(7, 6)).sum()
+        with FlopCounterMode(display=False) as counter:
+            base.step()
+        counts.append(counter.get_total_flops())
+        assert counts[-1] == 2 * 5 * 6 * (6 + 2) * 3 - 2 * 5 * 6 * 6  # forward, weights, inputs but the first
+
+    return Job(model, base.optimizers, step)
 
 
 def scaler(fused: bool = False, count: int = 1) -> Job:
@@ -697,37 +750,132 @@ def not_a_number() -> Job:
 
 
 CASES = (
-    Case("in-place ReLU after a norm", inplace_relu, ("1/output", "2/output", "1/input", "1/running", "1/weight"), gradients=("1/output",)),
-    Case("shared module called twice", shared_twice, ("a/output", "a#1/output"), ("a#2/output", "/output"), ("a/output", "a#1/output")),
-    Case("shared module under two names", shared_alias, ("0.0/output", "0.0#1/output"), ("0/output", "1/output", "1.0/output")),
+    Case(
+        "in-place ReLU after a norm",
+        inplace_relu,
+        ("1/output", "2/output", "1/input", "1/running", "1/weight"),
+        gradients=("1/output",),
+    ),
+    Case(
+        "shared module called twice",
+        shared_twice,
+        ("a/output", "a#1/output"),
+        ("a#2/output", "/output"),
+        ("a/output", "a#1/output"),
+    ),
+    Case(
+        "shared module under two names",
+        shared_alias,
+        ("0.0/output", "0.0#1/output"),
+        ("0/output", "1/output", "1.0/output"),
+    ),
     Case("tied weights", tied_weights, ("embed/weight", "decode/output", "norm/input"), ("decode/weight",)),
-    Case("dict output", dict_output, ("body/output.logits", "body/output.hidden", "body#1/output.a/input"), ("body/output.note",)),
-    Case("dataclass output", lambda: job(Returns(Pair), 5, 6), ("/output.logits", "/output.hidden"), gradients=("/output.hidden",)),
+    Case(
+        "dict output",
+        dict_output,
+        ("body/output.logits", "body/output.hidden", "body#1/output.a/input"),
+        ("body/output.note",),
+    ),
+    Case(
+        "dataclass output",
+        lambda: job(Returns(Pair), 5, 6),
+        ("/output.logits", "/output.hidden"),
+        gradients=("/output.hidden",),
+    ),
     Case("nested output", nested_output, ("body/output.0", "body/output.1.1.deep.0"), ("body/output.2", "/output.0")),
     Case("LSTM", lambda: job(nn.LSTM(6, 4), 3, 5, 6), ("/output.0", "/output.1.0", "/output.1.1", "/weight_ih_l0")),
-    Case("GRU cell in a loop", gru_cell, ("cell/output", "cell#7/output"), ("cell#8/output",), ("cell/output", "cell#7/output")),
-    Case("multi-head attention", attention, ("attention/output.0", "attention.out_proj/weight"), ("attention.out_proj/output",)),
-    Case("weight normalization", lambda: job(nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6)), nn.ReLU()), 5, 6), ("0/output", "0.parametrizations.weight/original0"), ("0.parametrizations.weight.0/output",), ("0/output",)),
-    Case("spectral normalization", lambda: job(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 6)), nn.ReLU()), 5, 6, held=True), ("0/output",), ("0.parametrizations.weight.0/output",)),
-    Case("checkpointing", lambda: checkpointed(False), ("block.1/output", "block.1/running"), ("block/output",), ("block.1/output", "block.4/output")),
-    Case("reentrant checkpointing", lambda: checkpointed(True), ("block.1/output", "block.1/running"), ("block/output",), ("block.1/output",)),
+    Case(
+        "GRU cell in a loop",
+        gru_cell,
+        ("cell/output", "cell#7/output"),
+        ("cell#8/output",),
+        ("cell/output", "cell#7/output"),
+    ),
+    Case(
+        "multi-head attention",
+        attention,
+        ("attention/output.0", "attention.out_proj/weight"),
+        ("attention.out_proj/output",),
+    ),
+    Case(
+        "weight normalization",
+        lambda: job(nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6)), nn.ReLU()), 5, 6),
+        ("0/output", "0.parametrizations.weight/original0"),
+        ("0.parametrizations.weight.0/output",),
+        ("0/output",),
+    ),
+    Case(
+        "spectral normalization",
+        lambda: job(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 6)), nn.ReLU()), 5, 6, held=True),
+        ("0/output",),
+        ("0.parametrizations.weight.0/output",),
+    ),
+    Case(
+        "checkpointing",
+        lambda: checkpointed(False),
+        ("block.1/output", "block.1/running"),
+        ("block/output",),
+        ("block.1/output", "block.4/output"),
+    ),
+    Case(
+        "reentrant checkpointing",
+        lambda: checkpointed(True),
+        ("block.1/output", "block.1/running"),
+        ("block/output",),
+        ("block.1/output",),
+    ),
+    Case(
+        "selective checkpointing",
+        selective_checkpointing,
+        ("block.4/output", "block.1/input"),
+        ("block/output",),
+        ("block.0/output",),
+    ),
+    Case("dry runs", dry_runs, ("1/output",), ("1#1/output",)),
+    Case("two optimizers under a scaler, one skips", lambda: scaler(count=2), ("0/output",), steps=7, finite=False),
     Case("frozen batch normalization", frozen_norm, ("1/running", "1/input")),
-    Case("nested containers", lambda: job(nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.ReLU())), 5, 6), ("0.0.0/output",), ("0.0/output", "0/output", "/output")),
-    Case("container with functional operations", functional_container, ("0.lin/output", "0.norm/output", "1/output"), ("0/output",)),
+    Case(
+        "nested containers",
+        lambda: job(nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.ReLU())), 5, 6),
+        ("0.0.0/output",),
+        ("0.0/output", "0/output", "/output"),
+    ),
+    Case(
+        "container with functional operations",
+        functional_container,
+        ("0.lin/output", "0.norm/output", "1/output"),
+        ("0/output",),
+    ),
     Case("no normalization", lambda: job(nn.Linear(6, 2), 5, 6, held=True), ("/output", "/weight")),
     Case("bf16 autocast", autocast, ("0/output", "1/output", "3/input"), gradients=("0/output",)),
     Case("channels last", channels_last, ("1/output", "3/input"), gradients=("0/output",)),
     Case("called twice before a backward", called_twice, ("0/output",), ("0#1/output",)),
-    Case("two optimizers", gan, ("g.0/output", "d.2/output", "d#1.0/output".replace("d#1.0", "d.0#1")), gradients=("g.0/output",)),
+    Case(
+        "two optimizers",
+        gan,
+        ("g.0/output", "d.2/output", "d#1.0/output".replace("d#1.0", "d.0#1")),
+        gradients=("g.0/output",),
+    ),
     Case("two optimizers, one steps thrice", lambda: gan(3), ("g.0/output", "d.2/output")),
     Case("gradient accumulation", accumulation, ("0/output",), ("0#1/output",)),
     Case("long gradient accumulation", lambda: accumulation(20), ("0/output",), ("0#1/output",)),
     Case("LBFGS closure", lbfgs, ("0/output", "0/weight"), gradients=("0/output",)),
     Case("Adam with a closure", adam_closure, ("0/output", "0/weight"), gradients=("0/output",)),
     Case("gradient scaler that skips", scaler, ("0/output",), steps=7, skipped=(1, 4), finite=False),
-    Case("fused optimizer under a gradient scaler", lambda: scaler(fused=True), ("0/output",), steps=7, skipped=(1, 4), finite=False),
+    Case(
+        "fused optimizer under a gradient scaler",
+        lambda: scaler(fused=True),
+        ("0/output",),
+        steps=7,
+        skipped=(1, 4),
+        finite=False,
+    ),
     Case("gradient penalty", gradient_penalty, ("0/output", "1/output"), gradients=("0/output",)),
-    Case("complex layer", lambda: job(nn.Sequential(nn.Linear(6, 6), ComplexLayer()), 5, 6), ("0/output", "1/output", "1/weight")),
+    Case(
+        "complex layer",
+        lambda: job(nn.Sequential(nn.Linear(6, 6), ComplexLayer()), 5, 6),
+        ("0/output", "1/output", "1/weight"),
+    ),
     Case("integer output", integer_output, ("lin/output", "choose/output", "embed/output")),
     Case("scalar output", scalar_output, ("loss/output",), gradients=("loss/output",)),
     Case("nested tensor", nested_tensor, ("lin/output", "ragged/output", "last/output")),
@@ -737,7 +885,11 @@ CASES = (
     Case("lazy layers", lazy_linear, ("0/output", "0/weight", "1/running")),
     Case("frozen parameters", frozen_parameters, ("0/output", "1/output"), gradients=("1/output",)),
     Case("integer parameter", integer_parameter, ("0/output", "0/weight"), ("0/code",)),
-    Case("module that returns its parameter", lambda: job(Wrap(lambda m, x: x @ m.own().T, own=OwnParameter()), 5, 6), ("own/output", "own/weight")),
+    Case(
+        "module that returns its parameter",
+        lambda: job(Wrap(lambda m, x: x @ m.own().T, own=OwnParameter()), 5, 6),
+        ("own/output", "own/weight"),
+    ),
     Case("float64", lambda: job(_mlp().double(), 8, 6, dtype=torch.float64), ("1/input", "0/output")),
     Case("bf16 weights", lambda: job(_mlp().bfloat16(), 8, 6, dtype=torch.bfloat16), ("1/input", "0/output")),
     Case("stochastic depth", stochastic_depth, ("one.inner.0/output", "last/output"), ("one.inner/output",), steps=8),
@@ -754,7 +906,15 @@ CASES = (
     Case("shape changes from step to step", width_changes, ("passed/output",)),
     Case("gradient of stride 0", expanded_gradient, ("1/output",), gradients=("1/output",)),
     Case("anomaly detection", anomaly, ("1/output",), gradients=("1/output",)),
-    Case("buffers replaced, not written", lambda: job(nn.Sequential(nn.Linear(6, 6), ReassignedNorm()), 5, 6, held=True), ("1/output", "1/running")),
-    Case("weights merged in evaluation", lambda: job(nn.Sequential(MergingLinear(), nn.BatchNorm1d(6)), 5, 6, held=True), ("0/output", "1/running")),
+    Case(
+        "buffers replaced, not written",
+        lambda: job(nn.Sequential(nn.Linear(6, 6), ReassignedNorm()), 5, 6, held=True),
+        ("1/output", "1/running"),
+    ),
+    Case(
+        "weights merged in evaluation",
+        lambda: job(nn.Sequential(MergingLinear(), nn.BatchNorm1d(6)), 5, 6, held=True),
+        ("0/output", "1/running"),
+    ),
     Case("diverged run", not_a_number, ("1/output",), finite=False),
 )

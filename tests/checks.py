@@ -98,7 +98,10 @@ def flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 
 def hook_counts(job: Job) -> dict[str, int]:
     """Return how many hooks of each sort each module and optimizer has."""
-    owners: list[tuple[str, object]] = [*job.model.named_modules(), *((f"optimizer {i}", o) for i, o in enumerate(job.optimizers))]
+    owners: list[tuple[str, object]] = [
+        *job.model.named_modules(),
+        *((f"optimizer {i}", o) for i, o in enumerate(job.optimizers)),
+    ]
     return {
         f"{name}.{sort}": len(hooks)
         for name, owner in owners
@@ -168,9 +171,9 @@ def check_bounded(case: Case, steps: int) -> None:
 def held(scope: ns.Scope) -> int:
     """Count the elements of every container that a session and its activations hold; the record in memory is its own."""
     session = scope._session
-    owners = (session, session._activations)
-    containers = [v for owner in owners for v in vars(owner).values() if isinstance(v, (dict, list, set))]
-    return sum(map(len, containers)) + session.store.waiting
+    parts = [part for part in vars(session).values() if type(part).__module__.startswith("normscope.")]
+    containers = [v for owner in (session, *parts) for v in vars(owner).values() if isinstance(v, (dict, list, set))]
+    return sum(map(len, containers))
 
 
 @contextmanager

@@ -7,11 +7,15 @@ returns None, raises nothing, and does nothing in a copy or a pickle of the modu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+_NO_MODES = nullcontext()
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 class Watcher(Protocol):
@@ -67,7 +71,8 @@ class _ForwardHook(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
         if self.watcher.active and module is self.module and not _transformed():
-            self.watcher.on_forward(self.name, module, args, kwargs, output)
+            with _outside_modes():
+                self.watcher.on_forward(self.name, module, args, kwargs, output)
 
 
 class _StepHook(_Hook):
@@ -87,15 +92,23 @@ class _GradientHook:
 
     def __call__(self, gradient: torch.Tensor) -> None:
         report, self.report = self.report, _nothing
-        report(gradient.detach())
+        if not _transformed():
+            with _outside_modes():
+                report(gradient.detach())
+
+
+def _outside_modes() -> AbstractContextManager[object]:
+    """Hide what is measured from a dispatch mode that watches the user's operations (selective checkpointing, FLOPs)."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NO_MODES
 
 
 def _transformed() -> bool:
-    """Tell whether a compiler, a tracer or functorch runs the module: its tensors cannot be read."""
+    """Tell whether a compiler, a tracer, functorch or a fake mode runs the module: its tensors cannot be read."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or (torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_FAKE) is not None)
     )
 
 

@@ -46,7 +46,7 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return mean, variance * count
     parts = [(part.shape[0], *torch.batch_norm_update_stats(part, None, None, 0.0)) for part in x.split(_ROWS)]
     sizes, means, variances = (
-        torch.stack([torch.as_tensor(part[i], dtype=x.dtype) for part in parts]) for i in range(3)
+        torch.stack([torch.as_tensor(part[i], dtype=x.dtype, device=x.device) for part in parts]) for i in range(3)
     )
     mean = (means * (sizes / count)[:, None]).sum(0)
     return mean, (sizes[:, None] * (variances + (means - mean).square())).sum(0)

@@ -14,6 +14,8 @@ from normscope.core.site import Site
 from normscope.probes import optimizers
 from normscope.probes.summary import Row, channel_row
 
+COPIED = 1 << 25  # bytes of weights copied before a sampled step at most, 32 MB
+
 
 class Parameters:
     """Measures the parameters of one or several optimizers around a step.
@@ -34,18 +36,32 @@ class Parameters:
         self._named, self._optimizers, self._on_site = named, tuple(stepped), on_site
         self._names = {id(parameter): name for name, parameter in named.items()}
         self._known: set[str] = set()
-        self._copies: dict[int, list[torch.Tensor]] = {}
+        self._copies: dict[int, dict[str, torch.Tensor]] = {}
+        self._turn: dict[int, int] = {}
         self._found: list[tuple[str, str, torch.Tensor]] = []
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the weights."""
-        self._copies[id(optimizer)] = copies(p for _, p in self._mine(optimizer))
+        """Copy weights, `COPIED` bytes of them at most; those left out have their turn at the next sampled step."""
+        mine = self._mine(optimizer)
+        start = self._turn.get(id(optimizer), 0) % max(len(mine), 1)
+        chosen: dict[str, torch.Tensor] = {}
+        room = COPIED
+        for name, parameter in mine[start:] + mine[:start]:
+            thin = _thinned(parameter)
+            size = thin.numel() * thin.element_size()
+            if size > room:
+                break
+            room -= size
+            chosen[name] = thin.clone()
+        self._turn[id(optimizer)] = start + len(chosen)
+        self._copies[id(optimizer)] = chosen
 
     def gradients(self, optimizer: torch.optim.Optimizer, scale: torch.Tensor | None) -> None:
         """Measure weights, as they were before the step, and gradients, divided by the loss scale."""
         mine = self._mine(optimizer)
-        kept = self._copies.get(id(optimizer), [])
-        self._add("value", [name for name, _ in mine], norms(kept if len(kept) == len(mine) else [p for _, p in mine]))
+        kept = self._copies.get(id(optimizer), {})
+        whole = [kept[name] if name in kept and kept[name].numel() == p.numel() else p for name, p in mine]
+        self._add("value", [name for name, _ in mine], norms(whole))
         graded = [(name, p.grad) for name, p in mine if p.grad is not None]
         found = norms([gradient for _, gradient in graded])
         found = found if scale is None else [norm / scale.to(norm.device) for norm in found]
@@ -53,9 +69,13 @@ class Parameters:
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure what the step has changed."""
-        before, mine = self._copies.pop(id(optimizer), []), self._mine(optimizer)
-        if len(before) == len(mine):
-            self._add("update", [name for name, _ in mine], update_norms([p for _, p in mine], before))
+        before = self._copies.pop(id(optimizer), {})
+        now = {name: p for name, p in self._mine(optimizer) if name in before}
+        for name, parameter in now.items():
+            before[name].sub_(_thinned(parameter))
+        found = norms([before[name] for name in now])
+        stretch = [math.sqrt(p.numel() / max(before[name].numel(), 1)) for name, p in now.items()]
+        self._add("update", list(now), [norm * factor for norm, factor in zip(found, stretch, strict=True)])
 
     def states(self) -> list[torch.Tensor]:
         """Return the norms measured in this step, on their devices."""
@@ -118,23 +138,9 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
 
 
-@torch.no_grad()
-def copies(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Copy parameters before a step."""
-    return [parameter.detach().clone() for parameter in parameters]
-
-
 def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the Euclidean norm of each tensor, as scalars on its device; half precision is summed in float32."""
     return [_square(_dense(tensor)).sqrt_() for tensor in tensors]
-
-
-@torch.no_grad()
-def update_norms(parameters: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the norm of each parameter's change; the copies are used up."""
-    for old, new in zip(before, parameters, strict=True):
-        old.sub_(new.detach())
-    return norms(before)
 
 
 @torch.no_grad()
@@ -159,6 +165,13 @@ def _square(x: torch.Tensor) -> torch.Tensor:
         flat = x.view(-1)
         return torch.dot(flat, flat)  # at memory bandwidth; vector_norm is slower on a CPU
     return torch.linalg.vector_norm(x, dtype=_wide(x)).square_()
+
+
+def _thinned(x: torch.Tensor) -> torch.Tensor:
+    """Return a parameter, or every k-th of its elements where it alone is larger than what may be copied."""
+    x = x.detach()
+    stride = -(-x.numel() * x.element_size() // COPIED)
+    return x.reshape(-1)[::stride] if stride > 1 else x
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

@@ -72,9 +72,10 @@ def summarize(probe: str, sites: Sequence[tuple[str, str]], states: Sequence[np.
                 divisor = np.array([scale if sites[i][1] == "gradient" else 1.0 for i in here])
                 stats = {name: value / divisor[:, None] ** _POWER.get(name, 0) for name, value in stats.items()}
                 scalars = {name: value / divisor ** _POWER.get(name, 0) for name, value in scalars.items()}
-        for name, values in stats.items():
-            for suffix, extreme in zip(EXTREMES, extremes(values), strict=True):
-                scalars[f"{name}.{suffix}"] = extreme
+        ends = extremes(np.concatenate(list(stats.values())))
+        for k, name in enumerate(stats):
+            for suffix, extreme in zip(EXTREMES, ends, strict=True):
+                scalars[f"{name}.{suffix}"] = extreme[k * len(here) : (k + 1) * len(here)]
         table = np.stack(list(scalars.values()), axis=1)
         names = tuple(scalars)
         for k, i in enumerate(here):
@@ -113,9 +114,9 @@ def channel_row(site: str, role: str, stats: Mapping[str, np.ndarray], scalars: 
         The row; the mean of a statistic is under its bare name.
     """
     values: dict[str, float] = {}
-    for name, array in stats.items():
-        values[name] = float(array.mean())
-        for suffix, extreme in zip(EXTREMES, extremes(array[None]), strict=True):
-            values[f"{name}.{suffix}"] = float(extreme[0])
+    if stats:
+        table = np.stack(list(stats.values()))
+        for name, *numbers in zip(stats, table.mean(1), *extremes(table), strict=True):
+            values |= zip((name, *(f"{name}.{suffix}" for suffix in EXTREMES)), map(float, numbers), strict=True)
     values |= scalars
     return Row(site, role, tuple(values), np.fromiter(values.values(), float, len(values)), dict(stats))

@@ -162,6 +162,10 @@ def attach(
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model={type(model).__name__} must be a torch.nn.Module.")
     model = _unwrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError(
+            f"model={type(model).__name__} is scripted and takes no hooks; attach to the module it was made from."
+        )
     optimizers = _checked_optimizers(model, optimizer)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ArgumentError(f"every={every!r} must be a whole number of steps, at least 1; the default is 10.")

@@ -92,12 +92,18 @@ def ratio(build, settings, steps):
     on = scope._hooks
     pairs = {"sampled": [], "idle": []}
     gc.disable()
+    modules = [(name, m) for name, m in bench.model.named_modules()]
+    on.remove()
     for i in range(steps + WARMUP):
-        on.remove()
-        plain = bench.step()
-        on = hooks.Hooks(session, bench.model, session._modules.items(), [bench.optimizer])
-        kind = "sampled" if session.active else "idle"
-        watched = bench.step()
+        order = (False, True) if i % 2 else (True, False)  # whoever comes second finds warmer caches
+        for attached in order:
+            if attached:
+                on = hooks.Hooks(session, bench.model, modules, [bench.optimizer])
+                kind = "sampled" if session.active else "idle"
+                watched = bench.step()
+                on.remove()
+            else:
+                plain = bench.step()
         if i >= WARMUP:  # the first sampled step learns the structure
             pairs[kind].append(watched / plain)
     gc.enable()

@@ -25,9 +25,15 @@ def record(run="a", scale=1.0, widths=(2, 2, 2)):
     store.scalars(10, SITES[0], "train", "gradient", ("rms",), np.array([7.0]))
     store.scalars(10, SITES[0], "population", "value", ("rms",), np.array([8.0]))
     for step in range(25):
-        store.step(
-            {"step": step, "sampled": step in STEPS, "batch_size": 4, "loss": None, "loss_scale": None, "grad_norm": 1.0, "skipped": False}
-        )
+        store.step({
+            "step": step,
+            "sampled": step in STEPS,
+            "batch_size": 4,
+            "loss": None,
+            "loss_scale": None,
+            "grad_norm": 1.0,
+            "skipped": False,
+        })
     store.commit()
     return store.record()
 
@@ -85,7 +91,10 @@ def test_select(how, count):
 
 def test_select_takes_channels_along():
     part = record().select("a.*", stat="rms", steps=(10, 20))
-    assert [(item.site, item.steps.tolist()) for item in part.channels] == [("a.conv/output", [10, 20]), ("a.conv/weight", [10, 20])]
+    assert [(item.site, item.steps.tolist()) for item in part.channels] == [
+        ("a.conv/output", [10, 20]),
+        ("a.conv/weight", [10, 20]),
+    ]
     assert [value.tolist() for value in part.channels[0].values] == [[10, 10], [20, 20]]
 
 

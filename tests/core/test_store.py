@@ -34,7 +34,15 @@ def write(store, steps=8, first=0):
 
 
 def context(step, **others):
-    row = {"step": step, "sampled": True, "batch_size": 4, "loss": 1.0, "loss_scale": None, "grad_norm": 2.0, "skipped": False}
+    row = {
+        "step": step,
+        "sampled": True,
+        "batch_size": 4,
+        "loss": 1.0,
+        "loss_scale": None,
+        "grad_norm": 2.0,
+        "skipped": False,
+    }
     return row | others
 
 
@@ -47,7 +55,9 @@ def differs(one, other):
         "context": (one.context, other.context),
         "events": (one.events, other.events),
     }
-    found = [name for name, (a, b) in frames.items() if list(a) != list(b) or not a.astype(object).equals(b.astype(object))]
+    found = [
+        name for name, (a, b) in frames.items() if list(a) != list(b) or not a.astype(object).equals(b.astype(object))
+    ]
     return found + (["runs"] if one.runs != other.runs else [])
 
 
@@ -82,7 +92,9 @@ def test_what_was_written_is_read(tmp_path, in_memory):
         assert [p.name for p in (tmp_path / "new" / "a").iterdir()] == [FILE_NAME]
     assert record.runs[0]["seed"] == 1
     assert record.runs[0]["created"] == pytest.approx(time.time(), abs=60)
-    assert record.sites.to_dict("records") == [{"run": "a", "site": "m/output", "module": "m", "shape": [2, 3], "norm": None}]
+    assert record.sites.to_dict("records") == [
+        {"run": "a", "site": "m/output", "module": "m", "shape": [2, 3], "norm": None}
+    ]
     value, gradient = sorted(record.blocks, key=lambda block: block.role, reverse=True)
     assert value.stats == ("mean", "var", "rms")
     assert value.steps.tolist() == [0, 2]
@@ -198,7 +210,7 @@ def test_what_is_no_database_is_refused(tmp_path, content):
         "UPDATE sites SET attributes = '{}'",
         "UPDATE runs SET provenance = '{}'",
         "UPDATE events SET message = 'all is well'",
-        "UPDATE series SET stats = '[\"var\", \"mean\"]'",
+        'UPDATE series SET stats = \'["var", "mean"]\'',
         "UPDATE scalars SET step = step + 100 WHERE series = 1",
         "UPDATE arrays SET data = zeroblob(12)",
         "UPDATE arrays SET data = 'text'",
@@ -256,7 +268,9 @@ def test_truncated_files_are_refused_or_without_effect(finished, tmp_path):
 # ---- the disk --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("obstacle", ["PRAGMA max_page_count = 20", "PRAGMA query_only = ON"], ids=["full", "read-only"])
+@pytest.mark.parametrize(
+    "obstacle", ["PRAGMA max_page_count = 20", "PRAGMA query_only = ON"], ids=["full", "read-only"]
+)
 def test_rows_wait_while_the_disk_refuses_them(tmp_path, obstacle):
     store = Store(tmp_path / "a", "a", {})
     write(store, steps=1)
@@ -292,7 +306,11 @@ def test_dropped_rows_leave_a_record_that_goes_on(tmp_path):
     store.commit()
     store.close()
     values = load(tmp_path / "a").frame()
-    assert values[["site", "step", "value"]].values.tolist() == [["m/output", 0, 1.0], ["n/output", 2, 4.0], ["o/output", 2, 5.0]]
+    assert values[["site", "step", "value"]].values.tolist() == [
+        ["m/output", 0, 1.0],
+        ["n/output", 2, 4.0],
+        ["o/output", 2, 5.0],
+    ]
 
 
 def test_reading_while_another_process_writes(tmp_path):
@@ -303,7 +321,9 @@ def test_reading_while_another_process_writes(tmp_path):
         "for first in range(1, 120): write(store, 1, first)\n"
         "print('written', flush=True); sys.stdin.read(); store.close()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as writer:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    ) as writer:
         assert writer.stdout.readline() == "ready\n"
         seen = []
         while writer.poll() is None and (not seen or seen[-1] < 119):

@@ -48,7 +48,14 @@ def check_site(record, site, value, gradient):
 
 def conv_net():
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(2), nn.Linear(4, 3), nn.Tanh()
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3),
+        nn.GroupNorm(2, 4),
+        nn.Flatten(2),
+        nn.Linear(4, 3),
+        nn.Tanh(),
     )
 
 
@@ -215,6 +222,22 @@ def test_checkpointing_is_measured_once(reentrant):
     assert found["updates"] == [2]
 
 
+def test_a_checkpoint_recomputed_in_the_next_step_is_left_alone():
+    block = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    model = Wrap(lambda m, x: checkpoint(m.block, m.first(x), use_reentrant=False), first=nn.Linear(6, 6), block=block)
+    optimizer = sgd(model)
+    with ns.attach(model, optimizer, every=1) as scope:
+        loss = model(torch.randn(10, 6)).square().mean()
+        with torch.no_grad():
+            optimizer.step()  # the step ends before the backward of its own graph
+        loss.backward()
+        optimizer.step()
+    record = scope.record()
+    assert record.events["kind"].tolist() == []
+    assert record.steps.tolist() == [0, 1]
+    assert record.series("first/output", "rms").index.tolist() == [0]
+
+
 def test_order_predecessors_and_structure():
     model = conv_net()
     sites = watched(model, torch.randn(5, 3, 6, 6)).sites.set_index("site")
@@ -236,7 +259,9 @@ def test_an_unmeasured_output_is_noted_once():
             model(torch.randn(4, 6)).sum().backward()
             optimizer.step()
     events = scope.record().events
-    assert events[["kind", "site", "message"]].values.tolist() == [["unmeasured", "choose/output", "bool values are not measured"]]
+    assert events[["kind", "site", "message"]].values.tolist() == [
+        ["unmeasured", "choose/output", "bool values are not measured"]
+    ]
 
 
 def test_a_norm_that_wraps_another_is_measured_itself():
@@ -254,7 +279,9 @@ def test_a_norm_that_wraps_another_is_measured_itself():
     assert {"1/output", "1/input"} <= {block.site for block in record.blocks}
 
 
-@pytest.mark.parametrize("name", ["bf16 autocast", "float64", "bf16 weights", "spectral normalization", "stochastic depth"])
+@pytest.mark.parametrize(
+    "name", ["bf16 autocast", "float64", "bf16 weights", "spectral normalization", "stochastic depth"]
+)
 def test_awkward_models_record_what_a_hook_of_the_user_sees(name):
     (case,) = [case for case in CASES if case.name == name]
     job = case.build()

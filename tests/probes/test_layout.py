@@ -32,7 +32,8 @@ def test_walk_ends_on_a_structure_that_holds_itself():
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis"), [((3, 4, 5, 6), 1), ((3, 4, 5, 6), -3), ((3, 4, 5), -1), ((3, 4), 0), ((2, 3, 4), 0), ((7,), -1), ((), -1)]
+    ("shape", "axis"),
+    [((3, 4, 5, 6), 1), ((3, 4, 5, 6), -3), ((3, 4, 5), -1), ((3, 4), 0), ((2, 3, 4), 0), ((7,), -1), ((), -1)],
 )
 def test_the_view_holds_every_element_of_its_channel(shape, axis):
     x = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
@@ -45,7 +46,11 @@ def test_the_view_holds_every_element_of_its_channel(shape, axis):
 
 
 def test_the_view_of_ordinary_memory_is_no_copy():
-    for x, axis in ((torch.ones(3, 4, 5, 6), 1), (torch.ones(3, 4, 5, 6).to(memory_format=torch.channels_last), 1), (torch.ones(3, 4, 5), -1)):
+    for x, axis in (
+        (torch.ones(3, 4, 5, 6), 1),
+        (torch.ones(3, 4, 5, 6).to(memory_format=torch.channels_last), 1),
+        (torch.ones(3, 4, 5), -1),
+    ):
         assert layout.channeled(x, axis).x.data_ptr() == x.data_ptr()
 
 
@@ -83,13 +88,22 @@ def test_guessed_axis(shape, before, axis):
 
 
 def test_axes_that_a_class_fixes():
-    found = [layout.own_axis(m) for m in (nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.ConvTranspose3d(1, 1, 1), nn.Linear(1, 1), nn.ReLU())]
+    found = [
+        layout.own_axis(m)
+        for m in (nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.ConvTranspose3d(1, 1, 1), nn.Linear(1, 1), nn.ReLU())
+    ]
     assert found == [-2, -3, -4, -1, None]
 
 
 @pytest.mark.parametrize(
     ("args", "kwargs", "size"),
-    [((torch.ones(4, 2),), {}, 4), ((), {"x": torch.ones(3)}, 3), ((1, [torch.ones(5, 1)]), {}, 5), ((), {}, 0), ((torch.tensor(1.0),), {}, 0)],
+    [
+        ((torch.ones(4, 2),), {}, 4),
+        ((), {"x": torch.ones(3)}, 3),
+        ((1, [torch.ones(5, 1)]), {}, 5),
+        ((), {}, 0),
+        ((torch.tensor(1.0),), {}, 0),
+    ],
 )
 def test_batch_size(args, kwargs, size):
     assert layout.batch_size(args, kwargs) == size

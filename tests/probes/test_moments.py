@@ -167,7 +167,9 @@ def test_the_loss_scale_is_undone_in_gradients_alone():
     x = draw(16, 5)
     _, state = observed(x * 1024, -1)
     sites = [("m/output", "gradient"), ("m/output", "value")]
-    gradient, value = (dict(zip(r.stats, r.values, strict=True)) for r in summarize("moments", sites, [state] * 2, 1024.0))
+    gradient, value = (
+        dict(zip(r.stats, r.values, strict=True)) for r in summarize("moments", sites, [state] * 2, 1024.0)
+    )
     rows = channels(x, -1)
     assert gradient["rms"] == pytest.approx(np.sqrt((rows**2).mean()), rel=1e-5)
     assert gradient["var.max"] == pytest.approx(rows.var(0).max(), rel=1e-5)

@@ -84,7 +84,8 @@ def test_the_eps_weight_is_what_the_layer_loses():
 
 
 @pytest.mark.parametrize(
-    ("eps", "power", "expected"), [(0.0, 2.0, 0.0), (0.0, 0.0, np.nan), (1e-5, 0.0, 1.0), (1.0, 3.0, 0.25), (1e-5, np.nan, np.nan)]
+    ("eps", "power", "expected"),
+    [(0.0, 2.0, 0.0), (0.0, 0.0, np.nan), (1e-5, 0.0, 1.0), (1.0, 3.0, 0.25), (1e-5, np.nan, np.nan)],
 )
 def test_eps_weight_at_its_limits(eps, power, expected):
     found = normalization.eps_weight(np.zeros(1), np.array([power]), eps, rms=False)
@@ -123,7 +124,9 @@ def test_running_statistics_drift_and_change():
         optimizer.step()
     record = train(model, batches)
     for number, stat in enumerate(("mean", "var", "drift")):
-        np.testing.assert_allclose(record.array("0/running", stat)[1], [e[number] for e in expected], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            record.array("0/running", stat)[1], [e[number] for e in expected], rtol=1e-4, atol=1e-6
+        )
     found = scalars(record, "0/running")
     np.testing.assert_allclose(found["change"], [e[3] for e in expected], rtol=1e-4)
     assert found["updates"] == [1, 2, 3]
@@ -138,7 +141,9 @@ def test_drift_is_the_divergence_of_two_gaussians(mean, var):
 
     other, scale = 0.1, 1.5
     expected, _ = integrate.quad(
-        lambda x: np.exp(log_density(x, mean, var)) * (log_density(x, mean, var) - log_density(x, other, scale)), -30, 30
+        lambda x: np.exp(log_density(x, mean, var)) * (log_density(x, mean, var) - log_density(x, other, scale)),
+        -30,
+        30,
     )
     found = normalization.drift(np.array([mean]), np.array([var]), np.array([other]), np.array([scale]))
     np.testing.assert_allclose(found, [expected], rtol=1e-6, atol=1e-9)
@@ -194,7 +199,9 @@ def test_several_calls_and_batches_in_a_step():
     record = scope.record()
     assert scalars(record, "0/running")["calls"] == [3]
     assert scalars(record, "0/running")["updates"] == [3]
-    np.testing.assert_allclose(record.array("0/input", "var")[1][0], areas(batches.reshape(24, 6), "batch").var(1), rtol=1e-4)
+    np.testing.assert_allclose(
+        record.array("0/input", "var")[1][0], areas(batches.reshape(24, 6), "batch").var(1), rtol=1e-4
+    )
     np.testing.assert_allclose(record.array("0/running", "mean")[1][0], model[0].running_mean, rtol=1e-6)
 
 

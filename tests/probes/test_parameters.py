@@ -65,9 +65,7 @@ def run(optimizer, accumulate=1, clip=None, tell=False, scaler=None, closure=Fal
                 if tell:
                     scope.step(loss=loss, grad_norm=given)
             expected.append(
-                {
-                    n: (norm(before[n]), norm(p.grad), norm(p.detach() - before[n])) for n, p in model.named_parameters()
-                }
+                {n: (norm(before[n]), norm(p.grad), norm(p.detach() - before[n])) for n, p in model.named_parameters()}
                 | {"given": None if given is None else float(given)}
             )
     return scope.record(), expected
@@ -115,9 +113,16 @@ def test_the_loss_scale_is_undone(optimizer, unscale):
     """The scaled run records what the plain one does: parameter gradients, activation gradients and their total."""
     plain = watch_scaled(optimizer, None, unscale)
     scaled = watch_scaled(optimizer, torch.amp.GradScaler("cpu", init_scale=2.0**12), unscale)
-    for site, role in (("0/weight", "gradient"), ("0/weight", "update"), ("0/output", "gradient"), ("3/output", "gradient")):
+    for site, role in (
+        ("0/weight", "gradient"),
+        ("0/weight", "update"),
+        ("0/output", "gradient"),
+        ("3/output", "gradient"),
+    ):
         for stat, values in scalars(plain, site, role).items():
-            np.testing.assert_allclose(scalars(scaled, site, role)[stat], values, rtol=1e-3, atol=1e-7, err_msg=f"{site} {stat}")
+            np.testing.assert_allclose(
+                scalars(scaled, site, role)[stat], values, rtol=1e-3, atol=1e-7, err_msg=f"{site} {stat}"
+            )
     np.testing.assert_allclose(scaled.context["grad_norm"], plain.context["grad_norm"], rtol=1e-4)
     assert scaled.context["loss_scale"].tolist() == [2.0**12] * STEPS
 
@@ -185,7 +190,9 @@ def test_an_optimizer_that_steps_more_often_counts_once():
             model["b"](torch.ones(1, 3)).sum().backward()
             seldom.step()
     record = scope.record()
-    np.testing.assert_allclose(record.context.drop_duplicates("step")["grad_norm"], [math.sqrt(8 * 9 + 8)] * 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        record.context.drop_duplicates("step")["grad_norm"], [math.sqrt(8 * 9 + 8)] * 2, rtol=1e-6
+    )
     assert record.context.groupby("step")["optimizer"].apply(list).tolist() == [["SGD 0", "SGD 1"]] * 2
     np.testing.assert_allclose(scalars(record, "a/weight", "gradient")["norm"], [3 * math.sqrt(6)] * 2, rtol=1e-6)
 
@@ -209,7 +216,10 @@ def test_the_gradient_norm_is_known_at_every_step():
 
 def test_settings_of_every_group_are_those_of_the_step():
     model = make()
-    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[3].parameters(), "lr": 0.2, "weight_decay": 0.5}]
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.1},
+        {"params": model[3].parameters(), "lr": 0.2, "weight_decay": 0.5},
+    ]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     with ns.attach(model, optimizer, every=2) as scope:
@@ -258,9 +268,15 @@ def test_norms_of_a_tensor_in_every_precision(dtype):
 
 
 def test_norms_of_large_half_precision_and_sparse_gradients():
-    assert float(parameters.norms([torch.full((100,), 60000.0, dtype=torch.float16)])[0]) == pytest.approx(6e5, rel=1e-3)
-    assert float(parameters.squared_norm([torch.full((100,), 60000.0, dtype=torch.float16)])[0]) == pytest.approx(3.6e11, rel=2e-3)
-    twice = torch.sparse_coo_tensor(torch.tensor([[1, 1, 2]]), torch.tensor([1.0, 2.0, 4.0]), (5,), check_invariants=True)
+    assert float(parameters.norms([torch.full((100,), 60000.0, dtype=torch.float16)])[0]) == pytest.approx(
+        6e5, rel=1e-3
+    )
+    assert float(parameters.squared_norm([torch.full((100,), 60000.0, dtype=torch.float16)])[0]) == pytest.approx(
+        3.6e11, rel=2e-3
+    )
+    twice = torch.sparse_coo_tensor(
+        torch.tensor([[1, 1, 2]]), torch.tensor([1.0, 2.0, 4.0]), (5,), check_invariants=True
+    )
     assert float(parameters.norms([twice])[0]) == 5
     assert float(parameters.squared_norm([twice])[0]) == 25
     assert not twice.is_coalesced()
@@ -268,5 +284,9 @@ def test_norms_of_large_half_precision_and_sparse_gradients():
 
 
 def test_a_mix_of_precisions():
-    (square,) = parameters.squared_norm([torch.full((4,), 2.0), torch.full((4,), 1.0, dtype=torch.float64), torch.ones(9).bfloat16()])
+    (square,) = parameters.squared_norm([
+        torch.full((4,), 2.0),
+        torch.full((4,), 1.0, dtype=torch.float64),
+        torch.ones(9).bfloat16(),
+    ])
     assert float(square) == 29

@@ -15,14 +15,22 @@ from normscope.probes import population
 from normscope.probes.problem import undisturbed
 from tests.cases import MergingLinear, ReassignedNorm
 from tests.checks import bits
-from tests.probes.test_activations import reference, scalars
+from tests.probes.test_activations import reference
 
 LOSS = nn.functional.mse_loss
 
 
 def make():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(64, 3))
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.GroupNorm(2, 4),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
     with torch.no_grad():
         model[1].running_mean.uniform_(-1, 1)
         model[1].running_var.uniform_(0.5, 2)
@@ -46,7 +54,11 @@ def by_hand(model, batches):
         with torch.no_grad():
             outputs = [twin(x) for x, _ in batches]
             losses = [LOSS(y, t) for y, (_, t) in zip(outputs, batches, strict=True)]
-        found[phase] = (torch.cat(outputs), float(torch.stack(losses).mean()), {n: torch.cat(v) for n, v in norms.items()})
+        found[phase] = (
+            torch.cat(outputs),
+            float(torch.stack(losses).mean()),
+            {n: torch.cat(v) for n, v in norms.items()},
+        )
     return found
 
 

@@ -72,7 +72,8 @@ def test_saturation():
     state = tails.observe(layout.channeled(x, -1), (-1.0, 1.0)).numpy()
     assert tails.compute(state)["saturated"].tolist() == [pytest.approx(4 / 7), 0]
     bounded, free = (
-        summarize("tails", [("m/output", "value")], [s], 1.0)[0] for s in (state, tails.observe(layout.channeled(x, -1)).numpy())
+        summarize("tails", [("m/output", "value")], [s], 1.0)[0]
+        for s in (state, tails.observe(layout.channeled(x, -1)).numpy())
     )
     assert dict(zip(bounded.stats, bounded.values, strict=True))["saturated"] == pytest.approx(2 / 7)
     assert "saturated" not in free.stats

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -29,6 +30,12 @@ OPTIMIZER = optimizer_of()
 PROBLEM = ns.Problem(OTHER, LOSS, [(torch.ones(4, 4), torch.ones(4, 2))])
 
 
+def scripted(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(model)
+
+
 class Silent(torch.optim.Optimizer):
     """An optimizer that has not called its base class: it has no step hooks."""
 
@@ -39,35 +46,72 @@ class Silent(torch.optim.Optimizer):
 REFUSED = {
     "model, a class": ((nn.Linear, OPTIMIZER), {}, "model=type must be a torch.nn.Module"),
     "model, none": ((None, OPTIMIZER), {}, "model=NoneType must be a torch.nn.Module"),
-    "model without parameters": ((nn.ReLU(), OPTIMIZER), {}, "model=ReLU has no parameters, so nothing trains; see normscope.examine"),
-    "optimizer, parameters": ((MODEL, MODEL.parameters()), {}, "optimizer=generator must be a torch.optim.Optimizer or a sequence"),
+    "model, scripted": ((scripted(MODEL), OPTIMIZER), {}, "model=.* is scripted and takes no hooks"),
+    "model without parameters": (
+        (nn.ReLU(), OPTIMIZER),
+        {},
+        "model=ReLU has no parameters, so nothing trains; see normscope.examine",
+    ),
+    "optimizer, parameters": (
+        (MODEL, MODEL.parameters()),
+        {},
+        "optimizer=generator must be a torch.optim.Optimizer or a sequence",
+    ),
     "optimizer, none": ((MODEL, None), {}, "optimizer=NoneType must be"),
     "optimizer, a class": ((MODEL, torch.optim.SGD), {}, "optimizer=type must be"),
     "optimizers, empty": ((MODEL, []), {}, r"optimizer=\(\) is empty; pass the optimizer"),
     "optimizers, one twice": ((MODEL, [OPTIMIZER, OPTIMIZER]), {}, "the same optimizer is there twice"),
     "optimizers, one of them wrong": ((MODEL, [OPTIMIZER, 3]), {}, "optimizer=int must be"),
-    "optimizer of another model": ((MODEL, optimizer_of(OTHER)), {}, "holds none of the model's 8 parameters: it belongs to another model"),
-    "one optimizer of another model": ((MODEL, (OPTIMIZER, optimizer_of(OTHER))), {}, "holds none of the model's 8 parameters"),
+    "optimizer of another model": (
+        (MODEL, optimizer_of(OTHER)),
+        {},
+        "holds none of the model's 8 parameters: it belongs to another model",
+    ),
+    "one optimizer of another model": (
+        (MODEL, (OPTIMIZER, optimizer_of(OTHER))),
+        {},
+        "holds none of the model's 8 parameters",
+    ),
     "optimizer without hooks": ((MODEL, Silent(MODEL.parameters())), {}, "optimizer=Silent has no step hooks"),
-    "every 0": ((MODEL, OPTIMIZER), {"every": 0}, "every=0 must be a whole number of steps, at least 1; the default is 10"),
+    "every 0": (
+        (MODEL, OPTIMIZER),
+        {"every": 0},
+        "every=0 must be a whole number of steps, at least 1; the default is 10",
+    ),
     "every -1": ((MODEL, OPTIMIZER), {"every": -1}, "every=-1 must be"),
     "every True": ((MODEL, OPTIMIZER), {"every": True}, "every=True must be"),
     "every 1.5": ((MODEL, OPTIMIZER), {"every": 1.5}, "every=1.5 must be"),
     "every, text": ((MODEL, OPTIMIZER), {"every": "10"}, "every='10' must be"),
-    "layers, no match": ((MODEL, OPTIMIZER), {"layers": "layer3.*"}, r"layers='layer3\.\*' is unknown; .*It matches no module; try a glob"),
+    "layers, no match": (
+        (MODEL, OPTIMIZER),
+        {"layers": "layer3.*"},
+        r"layers='layer3\.\*' is unknown; .*It matches no module; try a glob",
+    ),
     "layers, nearly": ((MODEL, OPTIMIZER), {"layers": "BatchNorm1"}, "did you mean 'BatchNorm1d'"),
     "layers, one does not match": ((MODEL, OPTIMIZER), {"layers": ["0", "9"]}, "layers='9' is unknown"),
     "layers, type without match": ((MODEL, OPTIMIZER), {"layers": nn.Conv2d}, "It matches no module"),
-    "layers, another type": ((MODEL, OPTIMIZER), {"layers": [int]}, "must be a glob over module paths or a subclass of torch.nn.Module"),
+    "layers, another type": (
+        (MODEL, OPTIMIZER),
+        {"layers": [int]},
+        "must be a glob over module paths or a subclass of torch.nn.Module",
+    ),
     "layers, a number": ((MODEL, OPTIMIZER), {"layers": 3}, "layers=3 must be a glob"),
     "layers, a module": ((MODEL, OPTIMIZER), {"layers": [MODEL[0]]}, "layers=Linear.* must be a glob"),
     "layers, empty": ((MODEL, OPTIMIZER), {"layers": []}, r"layers=\[\] is empty; None watches all layers"),
-    "probes, unknown": ((MODEL, OPTIMIZER), {"probes": "moment"}, "probes='moment' is unknown; did you mean 'moments'.*Options: moments, tails"),
+    "probes, unknown": (
+        (MODEL, OPTIMIZER),
+        {"probes": "moment"},
+        "probes='moment' is unknown; did you mean 'moments'.*Options: moments, tails",
+    ),
     "probes, one unknown": ((MODEL, OPTIMIZER), {"probes": ["tails", 3]}, "probes=3 is unknown"),
     "probes, empty": ((MODEL, OPTIMIZER), {"probes": ()}, r"probes=\(\) is empty; options: moments"),
     "probes, a number": ((MODEL, OPTIMIZER), {"probes": 3}, "probes=3 must be a name or a sequence of names"),
     "reduction": ((MODEL, OPTIMIZER), {"reduction": "none"}, "reduction='none' is unknown; .*Options: mean, sum"),
-    "problem, a function": ((MODEL, OPTIMIZER), {"problem": LOSS}, r"problem=function must be normscope.Problem\(model, loss, batches\)"),
+    "problem, a function": (
+        (MODEL, OPTIMIZER),
+        {"problem": LOSS},
+        r"problem=function must be normscope.Problem\(model, loss, batches\)",
+    ),
     "problem of another model": ((MODEL, OPTIMIZER), {"problem": PROBLEM}, "problem holds another model, a Sequential"),
     "scaler": ((MODEL, OPTIMIZER), {"scaler": 1024.0}, "scaler=float must be a torch.amp.GradScaler"),
     "run, a number": ((MODEL, OPTIMIZER), {"run": 3}, "run=3 must be a folder for the record, as 'runs/a'"),
@@ -88,7 +132,11 @@ def test_a_bad_argument_is_named_and_nothing_is_left_behind(name, tmp_path, monk
 def test_a_run_that_exists_is_a_file_or_cannot_be_written(tmp_path):
     ns.attach(MODEL, OPTIMIZER, run=tmp_path / "a").close()
     (tmp_path / "file").write_text("")
-    for run, message in ((tmp_path / "a", "holds a run already"), (tmp_path / "file", "cannot be created"), ("/proc/x", "cannot be created")):
+    for run, message in (
+        (tmp_path / "a", "holds a run already"),
+        (tmp_path / "file", "cannot be created"),
+        ("/proc/x", "cannot be created"),
+    ):
         with pytest.raises(StoreError, match=message):
             ns.attach(MODEL, OPTIMIZER, run=run)
     assert not any("_hooks" in key and value for module in MODEL.modules() for key, value in vars(module).items())

@@ -49,7 +49,12 @@ def test_sites_are_those_of_the_model(name):
 
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [("in-place ReLU after a norm", 200), ("checkpointing", 60), ("gradient accumulation", 60), ("evaluation with gradients", 60)],
+    [
+        ("in-place ReLU after a norm", 200),
+        ("checkpointing", 60),
+        ("gradient accumulation", 60),
+        ("evaluation with gradients", 60),
+    ],
 )
 def test_state_does_not_grow_with_steps(name, steps):
     checks.check_bounded(BY_NAME[name], steps)

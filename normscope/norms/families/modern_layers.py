@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normscope.core.errors import ArgumentError
+from normscope.norms.affine import scale_shift
 from normscope.norms.area import Instance, Layer
-from normscope.norms.average import rows
+from normscope.norms.families.recoveries_moments import mean_square
 from normscope.norms.layer import Norm, Normalization, in_float
 from normscope.norms.operation import RMS, Operation, Standardize, safe_sqrt
 from normscope.norms.part import Traits, positive, require
@@ -58,12 +59,15 @@ class FilterResponseNorm(Normalization):
     @in_float
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(N, C, *)`."""
-        z = Instance().split(x)
-        square = z.square().mean(2)
+        square = mean_square(Instance().split(x))
         offset = self.get_parameter("offset").abs() if self.learn_eps else self.eps
-        y = (z * rows((square + offset).rsqrt(), z)).reshape(x.shape)
-        y = Affine(self.affine, self.affine).apply(self, y, x, 1, None)
-        return y if self.tau is None else torch.maximum(y, channels(self.tau, y, 1))
+        scale = (square + offset).rsqrt() * (1 if self.weight is None else self.weight)
+        shift = self.bias if self.bias is None else self.bias.unsqueeze(0)
+        if self.tau is None:
+            return scale_shift(x, scale, shift)
+        # max(y, tau) = relu(y - tau) + tau costs fewer passes
+        tau = self.tau.unsqueeze(0)
+        return scale_shift(torch.relu(scale_shift(x, scale, -tau if shift is None else shift - tau)), None, tau)
 
 
 class GlobalResponseNorm(Normalization):
@@ -98,7 +102,8 @@ class GlobalResponseNorm(Normalization):
         """Strengthen the channels of `(N, C, *)` or `(N, *, C)`."""
         axis = self.area.axis(x, self.num_features)
         z = x if axis == 1 else x.movedim(-1, 1)
-        norms = safe_sqrt(Instance().split(z).square().sum(2))
+        z = Instance().split(z)
+        norms = safe_sqrt(mean_square(z) * z.shape[2])
         response = norms / (norms.mean(1, keepdim=True) + self.eps)
         return x * (1 + channels(self.weight * response, x, axis)) + channels(self.bias, x, axis)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normscope.norms.area import Area, checked_axis
-from normscope.norms.average import LOCAL, Average, rows
+from normscope.norms.average import LOCAL, Average
 from normscope.norms.operation import Operation, safe_sqrt
 from normscope.norms.part import Stats, divide, known_features, positive, require
 from normscope.norms.recovery import Affine, Recovery, channels

@@ -45,8 +45,10 @@ from normscope.norms.recovery import Affine, Conditional, Recovery
 from normscope.norms.row import Row, image, labelled, tokens
 
 
-def _dynamic_layer(num_features: int, *, size: int = 64, eps: float = 1e-5, channels: str = "auto") -> Norm:
-    return Norm(Layer(channels), Standardize(eps), Utterance(size), num_features=num_features)
+def _dynamic_layer(
+    num_features: int, *, size: int = 64, features: int = 0, eps: float = 1e-5, channels: str = "auto"
+) -> Norm:
+    return Norm(Layer(channels), Standardize(eps), Utterance(size, features), num_features=num_features)
 
 
 def _adaptive_instance(
@@ -468,5 +470,19 @@ ROWS: tuple[Row, ...] = (
         ("layer:attentive-semantic",),
         parts=("soft regions of an instance", "standardize", "affine per region, residual", "current"),
         options=(("entities", 3),),
+    ),
+    Row(
+        "self",
+        "S046",
+        _selfnorm,
+        aliases=("selfnorm",),
+        parts=("instance", "scale", "gate from the statistics", "running of the gate"),
+    ),
+    Row(
+        "crossed-instance",
+        "S046",
+        _crossnorm,
+        parts=("instance", "standardize", "statistics of another example", "current"),
+        options=(("probability", 1.0),),
     ),
 )

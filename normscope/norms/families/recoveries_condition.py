@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from normscope.core.errors import ArgumentError
 from normscope.norms.area import spatial
 from normscope.norms.families.recoveries_input import scaled
+from normscope.norms.families.recoveries_moments import moments
 from normscope.norms.part import divide, known_features
 from normscope.norms.recovery import Affine, Conditional, Recovery, channels, mixed
 
@@ -93,7 +94,7 @@ class StyleStatistics(Injected):
             raise ArgumentError(
                 f"condition has shape {tuple(condition.shape)}: {self!r} needs a style with {y.shape[1]} channels."
             )
-        var, mean = torch.var_mean(spatial(condition.to(y.dtype)), 2)
+        mean, var = moments(spatial(condition.to(y.dtype)), unbiased=True)
         return super().apply(host, y, x, axis, ((var + self.eps).sqrt(), mean))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normscope.core.errors import ArgumentError
 from normscope.norms.affine import scale_shift
 from normscope.norms.area import Batch, Group, spatial
+from normscope.norms.families.recoveries_moments import moments
 from normscope.norms.layer import Norm
 from normscope.norms.operation import Standardize
 from normscope.norms.part import known_features, positive, require
@@ -108,7 +109,7 @@ class InstanceMeta(Recovery):
         z = Group(self.keys).split(x if axis == 1 else x.movedim(-1, 1)).flatten(2)
         if self.unbiased:
             several(z.shape[2], x, self)
-        var, mean = torch.var_mean(z, 2, correction=int(self.unbiased))
+        mean, var = moments(z, self.unbiased)
         first, second = (mean, var) if self.crossed else (var, mean)
         size = host.num_features // self.keys
         scale = torch.sigmoid(host.to_scale(torch.relu(host.embed(first))))
@@ -190,29 +191,40 @@ class Attentive(Recovery):
         """Weigh the mixtures and use their sum."""
         z = positions(x, axis)
         several(z.shape[2], x, self)
-        var, mean = torch.var_mean(z, 2)
+        mean, var = moments(z, unbiased=True)
         weights = host.attention(mean * (var + 1e-3).rsqrt())
         return scaled(y, weights @ host.weight, weights @ host.bias, axis)
 
 
 @dataclass(frozen=True, repr=False)
 class Utterance(Recovery):
-    """Predict scale and shift from a summary of each sequence: a = mean over positions of tanh(W x + b).
+    """Predict scale and shift from a summary of each sequence: a = mean over positions of tanh(W s + b).
 
     scale = V a + 1, shift = U a; V and U start from 0 and have a bias, so that training starts from plain layer
-    normalization.
+    normalization. The sequence s is the input, or with `features` another one that forward gets.
 
     Attributes:
         size: number of units of the summary.
+        features: number of channels of the other sequence `(N, L, features)`, 0 for the input itself.
     """
 
     size: int = 64
-    pointwise: ClassVar[bool] = False
+    features: int = 0
+
+    @property
+    def condition(self) -> str:  # type: ignore[override]
+        """A sequence, if one is summed up beside the input."""
+        return "other" if self.features else ""
+
+    @property
+    def pointwise(self) -> bool:  # type: ignore[override]
+        """The summary of the input depends on its scale."""
+        return self.features > 0
 
     def install(self, host: nn.Module, num_features: int | None) -> None:
         """Register the layers summary (W), to_scale (V) and to_shift (U)."""
         count = known_features(num_features, self)
-        host.add_module("summary", nn.Linear(count, self.size))
+        host.add_module("summary", nn.Linear(self.features or count, self.size))
         for name, start in (("to_scale", 1.0), ("to_shift", 0.0)):
             layer = nn.Linear(self.size, count)
             nn.init.zeros_(layer.weight)
@@ -221,5 +233,13 @@ class Utterance(Recovery):
 
     def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
         """Scale and shift by the summary of the sequence."""
-        a = torch.tanh(host.summary(positions(x, axis).transpose(1, 2))).mean(1)
+        sequence = positions(x, axis).mT
+        if self.features:
+            if not isinstance(condition, Tensor) or condition.shape[-1] != self.features:
+                found = tuple(condition.shape) if isinstance(condition, Tensor) else condition
+                raise ArgumentError(
+                    f"condition={found!r}: {self!r} needs a sequence (N, L, {self.features}); call layer(x, sequence)."
+                )
+            sequence = condition.to(y.dtype)
+        a = torch.tanh(host.summary(sequence)).mean(1)
         return scaled(y, host.to_scale(a), host.to_shift(a), axis)

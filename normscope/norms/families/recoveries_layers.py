@@ -2,57 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normscope.core.errors import ArgumentError
-from normscope.norms.area import Batch, Instance, Layer
-from normscope.norms.average import LOCAL, rows
-from normscope.norms.families.recoveries_condition import needed, scale_and_shift
-from normscope.norms.families.recoveries_input import positions, scaled, several
+from normscope.norms.affine import scale_shift
+from normscope.norms.area import Batch, Instance
+from normscope.norms.families.recoveries_condition import DynamicConvolution, scale_and_shift
+from normscope.norms.families.recoveries_input import scaled, several
+from normscope.norms.families.recoveries_moments import moments
 from normscope.norms.layer import Norm, Normalization, in_float
 from normscope.norms.operation import Standardize, safe_sqrt
-from normscope.norms.part import Traits, divide, known_features, positive, require
+from normscope.norms.part import Traits, divide, positive, require
 from normscope.norms.population import Running
-from normscope.norms.recovery import Affine, Recovery, channels
+from normscope.norms.recovery import Affine
 
 INTENSITIES = ("mean", "deviation")
-
-
-def intensity(z: Tensor, kind: str) -> Tensor:
-    """Return mean or biased standard deviation of each channel of each example, `(N, C)` from `(N, C, L)`."""
-    return z.mean(2) if kind == "mean" else safe_sqrt(z.var(2, correction=0))
-
-
-@dataclass(frozen=True, repr=False)
-class Calibrated(Recovery):
-    """Scale calibration: y * weight * sigmoid(a K(y) + b) + bias, K an intensity of each channel of each example.
-
-    Attributes:
-        scaling: K, "mean" or "deviation" over space.
-        affine: there are weight and bias.
-    """
-
-    scaling: str = "mean"
-    affine: bool = True
-
-    def install(self, host: nn.Module, num_features: int | None) -> None:
-        """Register weight, bias, scale_weight (a, initially 0) and scale_bias (b, initially 1), all `(C,)`."""
-        count = known_features(num_features, self)
-        Affine(self.affine, self.affine).install(host, count)
-        host.register_parameter("scale_weight", nn.Parameter(torch.zeros(count)))
-        host.register_parameter("scale_bias", nn.Parameter(torch.ones(count)))
-
-    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
-        """Gate the normalized values, then scale and shift."""
-        gate = torch.sigmoid(intensity(positions(y, axis), self.scaling) * host.scale_weight + host.scale_bias)
-        if not self.affine:
-            return y * channels(gate, y, axis)
-        return scaled(y, gate * host.weight, host.bias, axis)
 
 
 class RepresentativeBatchNorm(Norm):
@@ -88,10 +56,11 @@ class RepresentativeBatchNorm(Norm):
         """Register the parameters of both calibrations."""
         require(centering, "centering", INTENSITIES)
         require(scaling, "scaling", INTENSITIES)
-        recovery = Calibrated(scaling, affine)
+        recovery = Affine(affine, affine)
         super().__init__(Batch(), Standardize(eps), recovery, Running(momentum), num_features=num_features)
         self.affine, self.centering, self.scaling = affine, centering, scaling
-        self.register_parameter("center_weight", nn.Parameter(torch.zeros(num_features)))
+        for name, start in (("center_weight", 0.0), ("scale_weight", 0.0), ("scale_bias", 1.0)):
+            self.register_parameter(name, nn.Parameter(torch.full((num_features,), start)))
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of the constructor that differ from its defaults."""
@@ -99,10 +68,35 @@ class RepresentativeBatchNorm(Norm):
 
     @in_float
     def forward(self, x: Tensor, condition: Any = None) -> Tensor:
-        """Calibrate, normalize `(N, C, *)` over the batch, calibrate."""
-        axis = self.area.axis(x, self.num_features)
-        center = intensity(positions(x, axis), self.centering) * self.center_weight
-        return super().forward(x + channels(center, x, axis))
+        """Calibrate, normalize `(N, C, *)` over the batch, calibrate.
+
+        Every step is a factor and a summand for each channel of each example, which follow from their moments.
+        """
+        self.area.axis(x, self.num_features)
+        if self.training:
+            self._check_samples(x, 1)
+        mean, var = moments(Instance().split(x))
+        deviation = safe_sqrt(var)
+        moved = self.center_weight * (mean if self.centering == "mean" else deviation)
+        center, total = self._batch(x, mean + moved, var)
+        inverse = (total + self.eps).rsqrt()
+        left = (mean + moved - center) * inverse
+        kept = left if self.scaling == "mean" else deviation * inverse
+        gain = torch.sigmoid(self.scale_weight * kept + self.scale_bias)
+        if self.weight is not None and self.bias is not None:
+            gain = gain * self.weight
+            return scale_shift(x, gain * inverse, gain * inverse * (moved - center) + self.bias)
+        return scale_shift(x, gain * inverse, gain * inverse * (moved - center))
+
+    def _batch(self, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance `(C,)` of the moved batch from moments `(N, C)`, or the stored ones."""
+        if not self.training:
+            return self.running_mean, self.running_var
+        center = self.average.mean(mean.T.unsqueeze(0)).squeeze(0)
+        total = self.average.mean((var + (mean - center).square()).T.unsqueeze(0)).squeeze(0)
+        stats = {"mean": center.unsqueeze(0), "var": total.unsqueeze(0)}
+        cast(Running, self.population).update(self, self.area.split(x), stats)
+        return center, total
 
 
 class LayerInstanceNorm(Normalization):
@@ -169,15 +163,22 @@ class LayerInstanceNorm(Normalization):
         z = Instance().split(x)
         several(z.shape[2], x, self)
         rho = (self.mix - self.smooth).clamp(0, 1) if self.smooth else self.mix
-        operation = Standardize(self.eps, self.unbiased)
-        instance = operation.apply(z, operation.measure(z))
-        whole = Layer("first").split(x)
-        layer = operation.apply(whole, operation.measure(whole)).reshape(z.shape)
-        y = (torch.lerp(layer, instance, rho.unsqueeze(1))).reshape(x.shape)
-        if not self.adaptive:
-            return self._recovery.apply(self, y, x, 1, None)
-        scale, shift = scale_and_shift(style, self.num_features, self)
-        return scaled(y, scale.to(y.dtype), shift.to(y.dtype), 1)
+        mean, var = moments(z)
+        whole = mean.mean(1, keepdim=True)
+        # all of an example from its channels: what varies within them and between them
+        total = (var + (mean - whole).square()).mean(1, keepdim=True)
+        first, second = rho * self._inverse(var, z.shape[2]), (1 - rho) * self._inverse(total, z[0].numel())
+        factor, center = first + second, first * mean + second * whole
+        if self.adaptive:
+            scale, shift = (v.to(x.dtype) for v in scale_and_shift(style, self.num_features, self))
+        elif self.weight is not None and self.bias is not None:
+            scale, shift = self.weight, self.bias
+        else:
+            return scale_shift(x, factor, -center)
+        return scale_shift(x, factor * scale, shift - center * scale)
+
+    def _inverse(self, var: Tensor, count: int) -> Tensor:
+        return (var * (count / (count - 1) if self.unbiased else 1) + self.eps).rsqrt()
 
 
 class PassportNorm(Normalization):
@@ -282,15 +283,15 @@ class PassportNorm(Normalization):
 
 
 class AdaptiveConvolutionNorm(Normalization):
-    """Adaptive convolution: patches are standardized by themselves, then convolved with a filter from a style.
+    """Adaptive convolution: local standardization, then a convolution with a filter predicted from a style.
 
-    y_p = sum over offsets o and channels j of W(v)_o (x_(p + o) - mean_p) / sd_p + b(v), mean and standard deviation of
-    each channel over the patch around p; beyond the border the map repeats its edge.
+    y = W(v) * z + b(v), z_p = (x_p - mean_p) / sqrt(var_p + eps), mean and variance of each channel over the window
+    around p; beyond the border the map repeats its edge.
 
     Args:
         num_features: number of channels.
         style: length of the style vector v.
-        kernel: size of patch and filter, odd and at least 3.
+        kernel: size of window and filter, odd and at least 3.
         groups: the filter connects channels within so many groups.
         eps: added to the variance.
         std: standard deviation of the initial weights of the prediction.
@@ -305,7 +306,7 @@ class AdaptiveConvolutionNorm(Normalization):
         eps: float = 1e-5,
         std: float = 0.02,
     ) -> None:
-        """Register the layers to_filter and to_shift; at first the filter passes on the middle of the patch.
+        """Register the layers to_filter and to_shift; at first the filter is near the identity.
 
         Raises:
             ArgumentError: the kernel is even or below 3.
@@ -313,21 +314,17 @@ class AdaptiveConvolutionNorm(Normalization):
         super().__init__()
         positive(eps, "eps")
         if kernel < 3 or kernel % 2 == 0:
-            raise ArgumentError(f"kernel={kernel!r} must be odd and at least 3: a patch needs a middle and a variance.")
+            raise ArgumentError(
+                f"kernel={kernel!r} must be odd and at least 3: a window needs a middle and a variance."
+            )
         self.num_features, self.style, self.kernel, self.groups = num_features, style, kernel, groups
         self.eps, self.std = eps, std
-        width = divide(num_features, groups)
-        start = torch.zeros(num_features, width, kernel**2)
-        start[torch.arange(num_features), torch.arange(num_features) % width, kernel**2 // 2] = 1
-        self.to_filter, self.to_shift = nn.Linear(style, start.numel()), nn.Linear(style, num_features)
-        for layer, bias in ((self.to_filter, start.flatten()), (self.to_shift, torch.zeros(num_features))):
-            nn.init.normal_(layer.weight, std=std)
-            with torch.no_grad():
-                layer.bias.copy_(bias)
+        self.recovery = DynamicConvolution(style, kernel, groups, std)
+        self.recovery.install(self, num_features)
 
     @property
     def traits(self) -> Traits:
-        """Patches of images, and a style."""
+        """Windows of images, and a style."""
         return Traits(shift_invariant=True, scale_invariant=True, ranks=(4,), condition="style")
 
     @in_float
@@ -341,15 +338,12 @@ class AdaptiveConvolutionNorm(Normalization):
         Returns:
             A tensor of the shape of x.
         """
-        v = needed(style, self, f"a style vector of length {self.style} for each example").to(x.dtype)
-        n, c = x.shape[:2]
-        margin = self.kernel // 2
-        patches = F.unfold(F.pad(x, (margin,) * 4, mode="replicate"), self.kernel).reshape(n, c, self.kernel**2, -1)
-        var, mean = torch.var_mean(patches, 2, correction=0, keepdim=True)
-        z = ((patches - mean) * (var + self.eps).rsqrt()).reshape(n, self.groups, -1, patches.shape[3])
-        filters = self.to_filter(v).reshape(n, self.groups, c // self.groups, -1)
-        y: Tensor = (filters @ z).reshape(x.shape) + channels(self.to_shift(v), x, 1)
-        return y
+        # about the mean of each channel, so that squares do not cancel
+        centered = x - x.mean((2, 3), keepdim=True)
+        wide = F.pad(centered, (self.kernel // 2,) * 4, mode="replicate")
+        mean = F.avg_pool2d(wide, self.kernel, 1)
+        var = (F.avg_pool2d(wide.square(), self.kernel, 1) - mean.square()).clamp_min(0)
+        return self.recovery.apply(self, (centered - mean) * (var + self.eps).rsqrt(), x, 1, style)
 
 
 class SelfNorm(Normalization):
@@ -385,15 +379,12 @@ class SelfNorm(Normalization):
         """Recalibrate `(N, C, *)`."""
         z = Instance().split(x)
         several(z.shape[2], x, self)
-        var, mean = torch.var_mean(z, 2)
+        mean, var = moments(z, unbiased=True)
         sd = (var + self.eps).sqrt()
         gates = [
             torch.sigmoid(norm(mean * g[:, 0] + sd * g[:, 1])) for norm, g in zip(self.norms, self.gate, strict=True)
         ]
-        y = z * rows(gates[0], z)
-        if self.both:
-            y = y + rows(mean * (gates[1] - gates[0]), z)
-        return y.reshape(x.shape)
+        return scale_shift(x, gates[0], mean * (gates[1] - gates[0]) if self.both else None)
 
 
 class CrossNorm(Normalization):
@@ -422,11 +413,11 @@ class CrossNorm(Normalization):
     def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
         """Cross `(N, C, *)` in training, with the examples that `order` names if given."""
         if not self.training or (order is None and float(torch.rand(())) >= self.probability):
-            return x * 1
+            return x
         order = torch.randperm(x.shape[0], device=x.device) if order is None else order
         z = Instance().split(x)
         several(z.shape[2], x, self)
-        operation = Standardize(self.eps, unbiased=True)
-        stats = operation.measure(z, LOCAL)
-        sd = (stats["var"] + self.eps).sqrt()
-        return (operation.apply(z, stats) * rows(sd[order], z) + rows(stats["mean"][order], z)).reshape(x.shape)
+        mean, var = moments(z, unbiased=True)
+        sd = (var + self.eps).sqrt()
+        factor = sd[order] / sd
+        return scale_shift(x, factor, mean[order] - mean * factor)

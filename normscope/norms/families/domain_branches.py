@@ -1,0 +1,439 @@
+"""Layers with a branch for each domain, role or width: statistics and parameters of each, or shared in part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from normscope.core.errors import ArgumentError
+from normscope.norms.area import Batch, Instance
+from normscope.norms.average import LOCAL, Average, rows
+from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept
+from normscope.norms.layer import Norm, Normalization, in_float
+from normscope.norms.operation import Standardize
+from normscope.norms.part import Traits, positive
+from normscope.norms.population import Running, keep, track, valid_momentum
+from normscope.norms.recovery import Affine
+
+
+def members(domain: Tensor | int | None, count: int, domains: int, default: int | None) -> Tensor:
+    """Return the domain of each example `(N,)`.
+
+    Args:
+        domain: labels `(N,)`, one domain for the whole batch, or None for the default.
+        count: N.
+        domains: number of domains.
+        default: the domain that None stands for; None if there is none.
+
+    Returns:
+        The labels.
+
+    Raises:
+        ArgumentError: there is no domain, not one for each example, or one out of range.
+    """
+    chosen = default if domain is None else domain
+    if chosen is None:
+        raise ArgumentError(f"domain=None: say which of the {domains} domains an example is from, layer(x, labels).")
+    labels = torch.as_tensor(chosen).reshape(-1)
+    if labels.numel() not in {1, count}:
+        raise ArgumentError(f"domain has {labels.numel()} labels for a batch of {count}; give one for each, or one.")
+    if int(labels.min()) < 0 or int(labels.max()) >= domains:
+        raise ArgumentError(f"domain={labels.tolist()} must be from 0 to {domains - 1}; build with more domains.")
+    return labels.expand(count)
+
+
+def present(chosen: Tensor, x: Tensor, average: Average, training: bool) -> bool:
+    """Tell whether a domain has examples, in training on any rank."""
+    if average is LOCAL or not training:
+        return chosen.numel() > 0
+    return float(average.count(Instance().split(x[chosen]).movedim(0, -1).unsqueeze(0))) > 0
+
+
+class DomainNorm(Normalization):
+    """Batch normalization with statistics, weight and bias of its own for each domain.
+
+    Args:
+        num_features: number of channels.
+        domains: number of domains.
+        default: domain of an input without labels, None to refuse it.
+        eps: added to the variance.
+        momentum: weight of the newest batch, None for a plain average.
+        affine: weight and bias for each channel.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        domains: int = 2,
+        default: int | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+    ) -> None:
+        """Make a layer for each domain."""
+        super().__init__()
+        self.num_features, self.domains, self.default, self.eps = num_features, domains, default, eps
+        self.momentum, self.affine = momentum, affine
+        recovery = Affine() if affine else None
+        self.branches = nn.ModuleList(
+            Norm(Batch(), Standardize(eps), recovery, Running(momentum), num_features=num_features)
+            for _ in range(domains)
+        )
+
+    @property
+    def traits(self) -> Traits:
+        """Those of batch normalization within a domain."""
+        return Traits(
+            crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True, condition="domain"
+        )
+
+    @in_float
+    def forward(self, x: Tensor, domain: Tensor | int | None = None) -> Tensor:
+        """Normalize.
+
+        Args:
+            x: `(N, C, *)`.
+            domain: labels `(N,)`, or one domain for the whole batch.
+
+        Returns:
+            A tensor of the shape of x.
+        """
+        labels = members(domain, x.shape[0], self.domains, self.default).to(x.device)
+        y = torch.zeros_like(x)
+        for place, branch in enumerate(self.branches):
+            chosen = (labels == place).nonzero().squeeze(1)
+            if present(chosen, x, self.average, self.training):
+                y = y.index_copy(0, chosen, branch(x[chosen]))
+        return y
+
+
+class SwitchableWidthNorm(Normalization):
+    """Switchable batch normalization: statistics, weight and bias of its own for each width of a slimmable network.
+
+    The number of channels of the input tells the width.
+
+    Args:
+        num_features: number of channels of the widest.
+        widths: fractions of it.
+        eps: added to the variance.
+        momentum: weight of the newest batch, None for a plain average.
+        affine: weight and bias for each channel.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        widths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0),
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+    ) -> None:
+        """Register weight, bias and buffers `(widths, C)`, of which a width uses the first of its channels."""
+        super().__init__()
+        positive(eps, "eps")
+        valid_momentum(momentum)
+        self.num_features, self.widths, self.eps, self.momentum, self.affine = num_features, widths, eps, momentum, affine
+        self.sizes = [round(num_features * width) for width in widths]
+        shape = (len(widths), num_features)
+        self.weight = nn.Parameter(torch.ones(shape)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if affine else None
+        keep(self, mean=torch.zeros(shape), var=torch.ones(shape))
+
+    @property
+    def traits(self) -> Traits:
+        """Those of batch normalization."""
+        return Traits(crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True)
+
+    @in_float
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `(N, C, *)` with as many channels as one of the widths.
+
+        Args:
+            x: the input.
+
+        Returns:
+            A tensor of the shape of x.
+
+        Raises:
+            ArgumentError: no width has that many channels.
+        """
+        if x.ndim < 2 or x.shape[1] not in self.sizes:
+            raise ArgumentError(f"x has shape {tuple(x.shape)}; widths={self.widths!r} have {self.sizes} channels.")
+        place, size = self.sizes.index(x.shape[1]), x.shape[1]
+        z = Batch().split(x)
+        stored_mean, stored_var = self.running_mean[place, :size], self.running_var[place, :size]
+        if self.training:
+            enough(z.shape[2:].numel(), x)
+            mean, var = self.average.moments(z)
+            count = self.average.count(z)
+            self.num_batches_tracked.add_(1)
+            rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            stored_mean.lerp_(mean.detach().squeeze(0).to(stored_mean), rate)
+            stored_var.lerp_((var.detach().squeeze(0) * (count / (count - 1))).to(stored_var), rate)
+        else:
+            mean, var = kept(stored_mean, z).unsqueeze(0), kept(stored_var, z).unsqueeze(0)
+        y = (z - rows(mean, z)) * rows((var + self.eps).rsqrt(), z)
+        if self.weight is not None and self.bias is not None:
+            weight, bias = self.weight[place, :size], self.bias[place, :size]
+            y = y * rows(weight.unsqueeze(0), z) + rows(bias.unsqueeze(0), z)
+        return Batch().merge(y, x)
+
+
+class _DomainMoments(ChannelNorm):
+    """Base of the layers that hold statistics `(domains, C)` and mix or select them.
+
+    Args:
+        num_features: number of channels.
+        domains: number of domains.
+        eps: added to the variance.
+        momentum: weight of the newest batch, None for a plain average.
+        affine: weight and bias for each channel.
+    """
+
+    def __init__(self, num_features: int, domains: int, eps: float, momentum: float | None, affine: bool) -> None:
+        """Register weight, bias and the stored statistics of each domain."""
+        super().__init__(num_features, eps, affine)
+        valid_momentum(momentum)
+        self.domains, self.momentum = domains, momentum
+        keep(self, mean=torch.zeros(domains, num_features), var=torch.ones(domains, num_features))
+
+    @property
+    def traits(self) -> Traits:
+        """Those of batch normalization within a domain."""
+        return Traits(
+            crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True, condition="domain"
+        )
+
+    def measured(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of each domain `(domains, C)`, stored ones where it has no example; store the rest."""
+        mean, var = kept(self.running_mean, x).clone(), kept(self.running_var, x).clone()
+        if not self.training:
+            return mean, var
+        stored_mean, stored_var = mean.clone(), var.clone()
+        for place in range(self.domains):
+            chosen = (labels == place).nonzero().squeeze(1)
+            if not present(chosen, x, self.average, True):
+                continue
+            z, own, spread = self.moments(x[chosen])
+            index = torch.tensor([place], device=x.device)
+            mean, var = mean.index_copy(0, index, own), var.index_copy(0, index, spread)
+            stored_mean[place], stored_var[place] = own.detach()[0], self.bessel(spread, z).detach()[0]
+        with torch.no_grad():
+            self._store(stored_mean, stored_var)
+        return mean, var
+
+    def _store(self, mean: Tensor, var: Tensor) -> None:
+        # domains without examples come back as they are, which the average leaves there
+        track(self, self.momentum, mean=mean, var=var)
+
+
+class AutoDial(_DomainMoments):
+    """AutoDIAL: each domain is normalized by a mixture of source and target statistics, with a learned weight.
+
+    mean_source = a mean_s + (1 - a) mean_t, var_source = a E_s[(x - mean_source)^2] + (1 - a) E_t[(x - mean_source)^2];
+    for the target with the roles exchanged; a in [0.5, 1]. Weight and bias are shared.
+
+    Args:
+        num_features: number of channels.
+        eps: added to the variance.
+        momentum: weight of the newest batch in the stored mixtures, None for a plain average.
+        affine: weight and bias for each channel.
+        alpha: initial a.
+    """
+
+    alpha: nn.Parameter
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.001,
+        affine: bool = True,
+        alpha: float = 1.0,
+    ) -> None:
+        """Register weight, bias, a and the stored mixtures."""
+        super().__init__(num_features, 2, eps, momentum, affine)
+        self.initial = alpha
+        self.alpha = nn.Parameter(torch.tensor([alpha]))
+
+    def settings(self) -> dict[str, object]:
+        """Return the arguments of the constructor that differ from its defaults."""
+        names = {"num_features": self.num_features, "eps": self.eps, "momentum": self.momentum}
+        names |= {"affine": self.affine, "alpha": self.initial}
+        usual = {"eps": 1e-5, "momentum": 0.001, "affine": True, "alpha": 1.0}
+        return {name: value for name, value in names.items() if name not in usual or usual[name] != value}
+
+    @in_float
+    def forward(self, x: Tensor, domain: Tensor | int | None = None) -> Tensor:
+        """Normalize.
+
+        Args:
+            x: `(N, C, *)`.
+            domain: 0 for source and 1 for target examples `(N,)`; without it the first half of a training batch is the
+                source, and all of an evaluation batch the target.
+
+        Returns:
+            A tensor of the shape of x.
+        """
+        half = torch.arange(x.shape[0]) >= x.shape[0] // 2
+        usual = half.long() if self.training else 1
+        labels = members(usual if domain is None else domain, x.shape[0], 2, None).to(x.device)
+        mean, var = self._mixed(x, labels) if self.training else self.measured(x, labels)
+        z = instances(x, self.num_features)
+        y = (z - mean[labels].unsqueeze(2)) * (var[labels] + self.eps).rsqrt().unsqueeze(2)
+        return self.recover(y.reshape(x.shape), x)
+
+    def _mixed(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        means, variances = [], []
+        sizes = []
+        for place in (0, 1):
+            z, mean, var = self.moments(x[labels == place])
+            means.append(mean)
+            variances.append(var)
+            sizes.append(torch.as_tensor(self.average.count(z)).to(x))
+        a = self.alpha.clamp(0.5, 1)
+        own, other = torch.cat(means), torch.cat(means[::-1])
+        mean = a * own + (1 - a) * other
+        var = a * (torch.cat(variances) + (own - mean).square())
+        var = var + (1 - a) * (torch.cat(variances[::-1]) + (other - mean).square())
+        count = torch.stack(sizes).reshape(2, 1)
+        track(self, self.momentum, mean=mean, var=var * (count / (count - 1)))
+        return mean, var
+
+
+class DomainOptimizedNorm(_DomainMoments):
+    """Domain-specific optimized normalization: each domain mixes batch and instance statistics in its own proportion.
+
+    mean = w_d mean_batch + (1 - w_d) mean_instance, the variance likewise, w_d = sigmoid(mix_d), weight and bias of each
+    domain. Without labels, evaluation averages the outputs of all branches.
+
+    Args:
+        num_features: number of channels.
+        domains: number of domains.
+        eps: added to the variance.
+        momentum: weight of the newest batch, None for a plain average.
+        affine: weight and bias for each channel and domain.
+    """
+
+    mix: nn.Parameter
+
+    def __init__(
+        self,
+        num_features: int,
+        domains: int = 2,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+    ) -> None:
+        """Register weight and bias `(domains, C)`, the mixtures and the stored statistics."""
+        super().__init__(num_features, domains, eps, momentum, affine)
+        self.mix = nn.Parameter(torch.zeros(domains))
+        self.weight = nn.Parameter(torch.ones(domains, num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(domains, num_features)) if affine else None
+
+    @in_float
+    def forward(self, x: Tensor, domain: Tensor | int | None = None) -> Tensor:
+        """Normalize `(N, C, *)` from domains `(N,)`, or in evaluation from none."""
+        if domain is None and not self.training:
+            outputs = [self._branch(x, torch.full((x.shape[0],), d, device=x.device)) for d in range(self.domains)]
+            return torch.stack(outputs).mean(0)
+        return self._branch(x, members(domain, x.shape[0], self.domains, None).to(x.device))
+
+    def _branch(self, x: Tensor, labels: Tensor) -> Tensor:
+        mean, var = self.measured(x, labels)
+        z = instances(x, self.num_features)
+        own_var, own = torch.var_mean(z, 2, correction=0)
+        share = torch.sigmoid(self.mix)[labels].unsqueeze(1)
+        center = share * mean[labels] + (1 - share) * own
+        factor = (share * var[labels] + (1 - share) * own_var + self.eps).rsqrt()
+        y = (z - center.unsqueeze(2)) * factor.unsqueeze(2)
+        if self.weight is not None and self.bias is not None:
+            y = y * self.weight[labels].unsqueeze(2) + self.bias[labels].unsqueeze(2)
+        return y.reshape(x.shape)
+
+
+class GatedBatchNorm(_DomainMoments):
+    """Gated batch normalization: the branches of several domains, weighted by how much an example looks like each.
+
+    y = weight sum_d g_d(x) (x - mean_d) / sqrt(var_d + eps) + bias, g = softmax of a linear map of the pooled input. Train
+    the gate to tell the domains: cross entropy of `scores(x)` with the labels.
+
+    Args:
+        num_features: number of channels.
+        domains: number of domains.
+        eps: added to the variance.
+        momentum: weight of the newest batch, None for a plain average.
+        affine: weight and bias for each channel.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        domains: int = 2,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+    ) -> None:
+        """Register weight, bias, the gate and the stored statistics."""
+        super().__init__(num_features, domains, eps, momentum, affine)
+        self.gate = nn.Linear(num_features, domains)
+
+    @property
+    def traits(self) -> Traits:
+        """The gate sees shift and scale."""
+        return Traits(crosses_batch=True, stateful=True, condition="domain")
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Return the gate's logits `(N, domains)`."""
+        found: Tensor = self.gate(instances(x, self.num_features).mean(2))
+        return found
+
+    @in_float
+    def forward(self, x: Tensor, domain: Tensor | int | None = None) -> Tensor:
+        """Normalize `(N, C, *)`; training needs the domain of each example `(N,)` for the statistics."""
+        labels = members(domain if self.training else 0, x.shape[0], self.domains, None).to(x.device)
+        mean, var = self.measured(x, labels)
+        gates = self.scores(x).softmax(1)
+        factor = (var + self.eps).rsqrt()
+        scale, shift = gates @ factor, gates @ (mean * factor)
+        z = instances(x, self.num_features)
+        return self.recover((z * scale.unsqueeze(2) - shift.unsqueeze(2)).reshape(x.shape), x)
+
+
+class DomainAgnosticNorm(ChannelNorm):
+    """Domain agnostic normalization: the statistics of the source examples normalize those of all domains.
+
+    Args:
+        num_features: number of channels.
+        eps: added to the variance.
+        momentum: weight of the newest batch, None for a plain average.
+        affine: weight and bias for each channel.
+    """
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True
+    ) -> None:
+        """Register weight, bias and the stored statistics."""
+        super().__init__(num_features, eps, affine)
+        valid_momentum(momentum)
+        self.momentum = momentum
+        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
+
+    @property
+    def traits(self) -> Traits:
+        """Those of batch normalization."""
+        return Traits(
+            crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True, condition="domain"
+        )
+
+    @in_float
+    def forward(self, x: Tensor, domain: Tensor | int | None = None) -> Tensor:
+        """Normalize `(N, C, *)`; domain is 0 for source examples `(N,)`, all without it."""
+        z = self.split(x)
+        if self.training:
+            labels = members(domain, x.shape[0], int(torch.as_tensor(0 if domain is None else domain).max()) + 1, 0)
+            source, mean, var = self.moments(x[(labels == 0).to(x.device)])
+            track(self, self.momentum, mean=mean, var=self.bessel(var, source))
+        else:
+            mean, var = kept(self.running_mean, z).unsqueeze(0), kept(self.running_var, z).unsqueeze(0)
+        return self.finish(self.standardized(z, mean, var), x)

@@ -1,0 +1,47 @@
+"""Moments over space in few passes, with a gradient written by hand that can be differentiated again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normscope.norms.average import rows
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Mean of z^2 over the last axis; no square is ever stored."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return torch.linalg.vector_norm(z, dim=-1).square() / z.shape[-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        result: Tensor = z * (grad * (2 / z.shape[-1])).unsqueeze(-1)
+        return result
+
+
+mean_square: Callable[[Tensor], Tensor] = _MeanSquare.apply
+
+
+def moments(z: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
+    """Return mean and variance over the last axis.
+
+    Args:
+        z: `(N, C, L)`.
+        unbiased: the variance divides by L - 1.
+
+    Returns:
+        Mean and variance, each `(N, C)`.
+
+    >>> moments(torch.tensor([[[1.0, 3.0]]]), unbiased=True)
+    (tensor([[2.]]), tensor([[2.]]))
+    """
+    mean = z.mean(-1)
+    var = mean_square(z - rows(mean, z))
+    return mean, var * (z.shape[-1] / (z.shape[-1] - 1)) if unbiased else var
