@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import normscope as ns
-from tests.cases import Case, Job
+from tests.awkward.base import Case, Job
 
 _WAITS = ("item", "cpu", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__contains__")
 
@@ -169,7 +169,7 @@ def check_bounded(case: Case, steps: int) -> None:
 
 
 def held(scope: ns.Scope) -> int:
-    """Count the elements of every container that a session and its activations hold; the record in memory is its own."""
+    """Count the elements of every container that a session and its parts hold; the record itself is elsewhere."""
     session = scope._session
     parts = [part for part in vars(session).values() if type(part).__module__.startswith("normscope.")]
     containers = [v for owner in (session, *parts) for v in vars(owner).values() if isinstance(v, (dict, list, set))]
@@ -195,7 +195,7 @@ def waits() -> Iterator[list[str]]:
 
 
 def check_never_waits(case: Case) -> None:
-    """Values reach the host in the one transfer at the end of a step, and in a check of `moments` that is on the CPU only."""
+    """Values reach the host in the transfer at the end of a step, and in a check of `moments` on the CPU alone."""
     seed()
     job = case.build()
     with ns.attach(job.model, job.optimizers, every=1, scaler=job.scaler):

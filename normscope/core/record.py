@@ -322,7 +322,7 @@ def _channel_rows(item: Channels) -> dict[str, np.ndarray]:
 
 def _repeated(names: list[str], sizes: np.ndarray) -> pd.Categorical:
     codes, levels = pd.factorize(np.array(names, object))
-    return pd.Categorical.from_codes(np.repeat(codes, sizes), categories=levels)
+    return pd.Categorical.from_codes(np.repeat(codes, sizes).astype(np.int64), categories=pd.Index(levels))
 
 
 def _cut_block(block: Block, stat: str, steps: tuple[int, int] | None) -> Block:

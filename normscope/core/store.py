@@ -1,9 +1,9 @@
 """Store: a run as one SQLite file, readable while it grows and after a kill at any moment.
 
-Write-ahead logging with one transaction a sampled step: a step whose `commit` returned survives the death of the process
-(not of the machine: the log is not forced to disk at every step). A scalar row holds all statistics of one site, phase and
-role at one step as little-endian float32. Every row ends in a checksum over its keys and values, and tables are read whole
-instead of looked up, so that a damaged file is refused instead of misread.
+Write-ahead logging with one transaction a sampled step: a step whose `commit` returned survives the death of the
+process (not of the machine: the log is not forced to disk at every step). A scalar row holds all statistics of one
+site, phase and role at one step as little-endian float32. Every row ends in a checksum over its keys and values, and
+tables are read whole instead of looked up, so that a damaged file is refused instead of misread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _SCHEMA = """
 CREATE TABLE runs (run TEXT PRIMARY KEY, provenance TEXT, checksum INTEGER);
 CREATE TABLE sites (run TEXT, site TEXT, attributes TEXT, checksum INTEGER, PRIMARY KEY (run, site));
 CREATE TABLE series (id INTEGER PRIMARY KEY, run TEXT, site TEXT, phase TEXT, role TEXT, stats TEXT, checksum INTEGER);
-CREATE TABLE scalars (series INTEGER, step INTEGER, data BLOB, checksum INTEGER, PRIMARY KEY (series, step)) WITHOUT ROWID;
+CREATE TABLE scalars (series INTEGER, step INTEGER, data BLOB, checksum INTEGER,
+    PRIMARY KEY (series, step)) WITHOUT ROWID;
 CREATE TABLE arrays (run TEXT, site TEXT, phase TEXT, role TEXT, stat TEXT, step INTEGER, data BLOB, checksum INTEGER,
     PRIMARY KEY (run, site, phase, role, stat, step));
 CREATE TABLE steps (run TEXT, step INTEGER, sampled INTEGER, batch_size INTEGER, loss REAL, loss_scale REAL,

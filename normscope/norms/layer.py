@@ -236,13 +236,15 @@ class Norm(Normalization):
         return (self.training or not self.population.stateful) and suits_whitening(z, self.operation)
 
     def _whitened(self, x: Tensor, z: Tensor, axis: int, condition: Any) -> Tensor:
-        """Whiten with the gradient written by hand; where each row is a channel the affine map goes with it."""
+        """Whiten with the gradient written by hand, the affine map with it."""
         gain = bias = None
         recovery, operation, population = self.recovery, self.operation, self.population
-        folds = isinstance(recovery, Affine) and not recovery.shape and type(self.area) is Batch
-        if folds and isinstance(recovery, Affine):
-            gain, bias = (v if v is None else v.reshape(z.shape[:2]) for v in recovery.gain(self))
-        y, stats = whiten(z, cast(Whiten, operation), gain, bias)
+        folds = isinstance(recovery, Affine) and not recovery.shape
+        if isinstance(recovery, Affine) and folds:
+            one = (1, -1, *(1,) * (x.ndim - 2)) if axis == 1 else (*(1,) * (x.ndim - 1), -1)
+            gain, bias = (v if v is None else self.area.split(v.reshape(one), axis) for v in recovery.gain(self))
+        cast(Whiten, operation).check(z)
+        y, stats = whiten(z, cast(Whiten, operation), gain, bias, examples=self.area.crosses_batch)
         if isinstance(population, Running):
             population.update(self, z, stats)
         y = self.area.merge(y, x, axis)

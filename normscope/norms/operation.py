@@ -338,7 +338,8 @@ class L1(Rescale):
 class TopK(Rescale):
     """Divide by the mean of the k largest deviations: (z - mean) / (c mean top-k |z - mean| + eps).
 
-    c = (1 + sqrt(pi ln 4)) / (2 sqrt(2 ln n)) makes the expected maximum of n Gaussian values their standard deviation.
+    c = (1 + sqrt(pi ln 4)) / (2 sqrt(2 ln n)) follows the growth of the maximum of n Gaussian values; with it and k = 1
+    they come out with a standard deviation of about 0.7 for any n.
 
     Attributes:
         eps: added to the deviation.
@@ -350,12 +351,12 @@ class TopK(Rescale):
     def spreads(self, centered: Tensor, average: Average) -> Tensor:
         """Return c mean top-k |d|."""
         k = min(self.k, centered.shape[2:].numel())
-        constant = gaussian_maximum(average.count(centered))
+        constant = growth(average.count(centered))
         spread: Tensor = constant * average.largest(centered.abs(), k).mean(-1)
         return spread
 
 
-def gaussian_maximum(count: int | Tensor) -> Any:
-    """Return the constant that makes the expected maximum of `count` Gaussian values their standard deviation."""
+def growth(count: int | Tensor) -> Any:
+    """Return (1 + sqrt(pi ln 4)) / (2 sqrt(2 ln n)), which follows the growth of the maximum of n Gaussian values."""
     log = count.log() if isinstance(count, Tensor) else math.log(count)
     return 0.5 * (1 + math.sqrt(math.pi * math.log(4))) / (2 * log) ** 0.5

@@ -53,6 +53,11 @@ class Recovery(Part):
 class Bare(Recovery):
     """Leave the normalized values as they are."""
 
+    def install(self, host: nn.Module, num_features: int | None) -> None:
+        """Register weight and bias as None, as torch's layers without them do."""
+        host.register_parameter("weight", None)
+        host.register_parameter("bias", None)
+
 
 def channels(v: Tensor, y: Tensor, axis: int) -> Tensor:
     """Shape a value per channel `(C,)` or `(N, C)` so that it broadcasts against y."""

@@ -93,17 +93,26 @@ def newton(sigma: Tensor, iterations: int = 5, *, coupled: bool = True, scale: s
     size = sigma.diagonal(dim1=-2, dim2=-1).sum(-1) if scale == "trace" else frobenius(sigma)
     size = size.clamp_min(torch.finfo(sigma.dtype).tiny ** 0.5)[..., None, None]
     eye = torch.eye(sigma.shape[-1], dtype=sigma.dtype, device=sigma.device)
-    s = sigma / size
-    if not coupled:
-        p = eye.expand_as(s)
-        for _ in range(iterations):
-            p = 1.5 * p - 0.5 * (p @ p @ p) @ s
-        return p * size.rsqrt()
-    y, z = s, eye.expand_as(s)
+    s = (sigma / size).reshape(-1, *sigma.shape[-2:])
+    root = _coupled(s, eye, iterations) if coupled else _uncoupled(s, eye, iterations)
+    return root.reshape(sigma.shape) * size.rsqrt()
+
+
+def _coupled(y: Tensor, eye: Tensor, iterations: int) -> Tensor:
+    z, three = eye.expand_as(y), (1.5 * eye).expand_as(y)
     for step in range(iterations):
-        t = 1.5 * eye - 0.5 * (z @ y if step else y)
-        y, z = y @ t, t @ z if step else t
-    return z * size.rsqrt()
+        # z is the identity at first; y is not needed at the end
+        t = torch.baddbmm(three, z, y, alpha=-0.5) if step else three - 0.5 * y
+        z = torch.bmm(t, z) if step else t
+        y = torch.bmm(y, t) if step < iterations - 1 else y
+    return z
+
+
+def _uncoupled(s: Tensor, eye: Tensor, iterations: int) -> Tensor:
+    p = eye.expand_as(s)
+    for _ in range(iterations):
+        p = torch.baddbmm(1.5 * p, torch.bmm(torch.bmm(p, p), p), s, alpha=-0.5)
+    return p
 
 
 def frobenius(m: Tensor) -> Tensor:

@@ -73,25 +73,9 @@ class Whiten(Operation):
         return ("mean", self.population)
 
     def measure(self, z: Tensor, average: Average = LOCAL) -> Stats:
-        """Take the mean, the covariance, Sigma and the whitening matrix.
-
-        Args:
-            z: the reordered input.
-            average: how to average over samples.
-
-        Returns:
-            mean, covariance, sigma and matrix.
-
-        Raises:
-            ArgumentError: without eps there are too few samples for the features.
-        """
-        samples, features = z.shape[2:].numel(), z.shape[1]
-        bare = self.eps == 0 and self.shrink == 0 and self.method != "newton"
-        if bare and samples <= features and average is LOCAL:
-            raise ArgumentError(
-                f"{samples} samples cannot whiten {features} features with eps=0: the covariance is singular; "
-                "set eps, use smaller groups or a larger batch."
-            )
+        """Take the mean, the covariance, Sigma and the whitening matrix: "mean", "covariance", "sigma", "matrix"."""
+        if average is LOCAL:
+            self.check(z)
         mean = average.mean(z)
         covariance = average.products(z if self.moment else z - rows(mean, z))
         if self.unbiased:
@@ -99,6 +83,23 @@ class Whiten(Operation):
             covariance = covariance * (count / (count - 1))
         sigma = self.regularized(covariance)
         return {"mean": mean, "covariance": covariance, "sigma": sigma, "matrix": self.matrix(sigma)}
+
+    def check(self, z: Tensor) -> None:
+        """Refuse too few samples for the features where nothing keeps the covariance from being singular.
+
+        Args:
+            z: the reordered input.
+
+        Raises:
+            ArgumentError: there are no more samples than features, and neither eps nor shrink.
+        """
+        samples, features = z.shape[2:].numel(), z.shape[1]
+        bare = self.eps == 0 and self.shrink == 0 and self.method != "newton"
+        if bare and samples <= features:
+            raise ArgumentError(
+                f"{samples} samples cannot whiten {features} features with eps=0: the covariance is singular; "
+                "set eps, use smaller groups or a larger batch."
+            )
 
     def matrix(self, sigma: Tensor) -> Tensor:
         """Return the whitening matrix W of Sigma `[..., d, d]`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch.autograd import forward_ad
 
 from normscope.norms.part import Stats
 from normscope.norms.whiten import Whiten
+
+# entries of x that are worked on together, two megabytes of float32 for each thread
+_CACHED = 2**19
 
 
 def suits(z: Tensor, operation: object) -> bool:
@@ -23,67 +26,118 @@ def suits(z: Tensor, operation: object) -> bool:
     return unpack(z).tangent is None
 
 
-def whiten(z: Tensor, operation: Whiten, gain: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Stats]:
-    """Return gain (W (z - mean)) + bias and the statistics, which carry no gradient.
+def whiten(
+    z: Tensor, operation: Whiten, gain: Tensor | None = None, bias: Tensor | None = None, *, examples: bool = False
+) -> tuple[Tensor, Stats]:
+    """Return gain W (z - mean) + bias and the statistics, which carry no gradient.
 
-    With M = gain W and the cross product C = sum of g (z - mean)^T, the gradient of z is
-    M^T g + D (z - mean) - mean of M^T g, D = (dSigma + dSigma^T) / n, dSigma from gain C by the gradient of the root.
+    With M = gain W and C the sum of g (z - mean)^T, where g is the gradient of the result, the gradient of z is
+    M^T g - mean of M^T g + D (z - mean), D = (dSigma + dSigma^T) / n, with dSigma from gain C by the root's gradient.
 
     Args:
         z: `[areas, features, *samples]`.
         operation: how to whiten.
-        gain: `[areas, features]`, None for 1.
-        bias: `[areas, features]`, None for 0.
+        gain: as z, with one entry along each axis where it does not vary; None for 1.
+        bias: the same, None for 0.
+        examples: the first sample axis is that of the examples, outermost in memory.
 
     Returns:
         A tensor of the shape of z, and the statistics of the operation.
     """
-    merged = z.flatten(2) if z.is_contiguous() else z
-    outer = merged.ndim - 3
-    x = merged.permute(*range(2, 2 + outer), 0, 1, merged.ndim - 1)
-    y, mean, covariance, sigma, matrix = _whiten(x, gain, bias, operation)
-    back = y.permute(outer, outer + 1, *range(outer), outer + 2).reshape(z.shape)
-    return back, {"mean": mean, "covariance": covariance, "sigma": sigma, "matrix": matrix}
+    batched = examples and z.ndim > 3
+    order = [2, 0, 1, *range(3, z.ndim)] if batched else list(range(z.ndim))
+    x, gain, bias = (v if v is None else _five(v.permute(order), batched) for v in (z, gain, bias))
+    gain, bias = (v if v is None else v[0, ..., 0].expand(z.shape[0], -1, -1) for v in (gain, bias))
+    y, *stats = _whiten(x, gain, bias, operation)
+    back = [order.index(axis) for axis in range(z.ndim)]
+    named = dict(zip(("mean", "covariance", "sigma", "matrix"), stats, strict=True))
+    return y.reshape([z.shape[axis] for axis in order]).permute(back), named
 
 
-def _product(matrix: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-    """Return matrix x + bias for `[areas, F, F]`, `[..., areas, F, L]` and `[areas, F, 1]`, in one pass."""
-    flat = x.reshape(-1, *x.shape[-2:])
-    wide = matrix.expand(*x.shape[:-2], -1, -1).reshape(len(flat), *matrix.shape[-2:])
-    added = bias.expand(*x.shape[:-2], -1, -1).reshape(len(flat), -1, 1)
-    return torch.baddbmm(added, wide, flat).reshape(x.shape)
+def _five(x: Tensor, batched: bool) -> Tensor:
+    """Insert axes so that the order is examples, areas, features, channels of a row, space."""
+    x = x if batched else x.unsqueeze(0)
+    return x if x.ndim == 5 else x.unsqueeze(3)
 
 
 def _composed(x: Tensor, gain: Tensor | None, bias: Tensor | None, operation: Whiten) -> Tensor:
     """Return the same by operations that autograd differentiates any number of times."""
-    outer = x.ndim - 3
-    z = x.permute(outer, outer + 1, *range(outer), outer + 2)
-    y = operation.apply(z, operation.measure(z)).permute(*range(2, 2 + outer), 0, 1, z.ndim - 1)
+    z = x.permute(1, 2, 0, 3, 4).flatten(2)
+    y = operation.apply(z, operation.measure(z)).reshape(*z.shape[:2], len(x), *x.shape[3:]).permute(2, 0, 1, 3, 4)
     y = y if gain is None else y * gain.unsqueeze(-1)
     return y if bias is None else y + bias.unsqueeze(-1)
 
 
+def _batched(matrix: Tensor, number: int) -> Tensor:
+    """Repeat `[areas, ...]` for each example: `[examples * areas, ...]`."""
+    return matrix.expand(number, *matrix.shape).reshape(-1, *matrix.shape[1:])
+
+
+def _scaled(matrix: Tensor, gain: Tensor | None, channel: int) -> Tensor:
+    return matrix if gain is None else matrix * gain[..., channel, None]
+
+
+def _chunks(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield examples and areas to work on together: on a CPU as many as its cache holds."""
+    axis = 0 if len(x) > 1 else 1
+    each = max(x.numel() // max(x.shape[axis], 1), 1)
+    step = max(_CACHED * torch.get_num_threads() // each, 1) if x.device.type == "cpu" else x.shape[axis]
+    for start in range(0, x.shape[axis], max(step, 1)):
+        part = slice(start, start + step)
+        yield (part, slice(None)) if axis == 0 else (slice(None), part)
+
+
+class _Centered:
+    """Parts of x less their mean, `[examples * areas, F, K, L]`, one at a time in the same memory."""
+
+    def __init__(self, x: Tensor, mean: Tensor) -> None:
+        self.x, self.mean, self.buffer = x, mean[..., None, None], x.new_empty(0)
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
+        part = self.x[place]
+        if self.buffer.numel() < part.numel():
+            self.buffer = part.new_empty(part.numel())
+        out = self.buffer[: part.numel()].view(part.shape)
+        return torch.sub(part, self.mean[place[1]], out=out).flatten(0, 1)
+
+
+def _square(rows: Tensor, others: Tensor, number: int) -> Tensor:
+    """Return the sum over examples of rows others^T: `[areas, F, F]` from `[examples * areas, F, L]`."""
+    product = rows @ others.mT
+    return product.reshape(number, -1, *product.shape[1:]).sum(0)
+
+
 class _Whiten(torch.autograd.Function):
+    """Inputs: x `[R, A, F, K, L]`, statistics over R, K and L; gain and bias `[A, F, K]`."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gain: Tensor | None, bias: Tensor | None, operation: Whiten
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        outer = tuple(range(x.ndim - 3))
-        count = x.shape[:-3].numel() * x.shape[-1]
-        mean = x.mean((*outer, x.ndim - 1), keepdim=True)
-        centered = x - mean
-        gram = centered @ centered.mT
+        size, channels = x.shape[2:4]
+        count = len(x) * channels * x.shape[4]
         factor = 1 / (count - 1) if operation.unbiased else 1 / count
-        covariance = (gram.sum(outer) if outer else gram) * factor
+        mean = x.mean((0, 3, 4))
+        covariance = x.new_zeros(*mean.shape, size)
+        centered = _Centered(x, mean)
+        for place in _chunks(x):
+            flat = centered[place].flatten(2)
+            covariance[place[1]] += _square(flat, flat, len(x[place]))
+        covariance *= factor
         with torch.enable_grad():
             leaf = covariance.detach().requires_grad_()
             sigma = operation.regularized(leaf)
             root = operation.matrix(sigma)
         matrix = root.detach()
-        scaled = matrix if gain is None else matrix * gain.unsqueeze(-1)
-        added = centered.new_zeros(()).expand(*scaled.shape[:2], 1) if bias is None else bias.unsqueeze(-1)
-        y = _product(scaled, centered, added)
-        mean = mean.reshape(scaled.shape[:2])
+        y = x.new_empty(x.shape)
+        for place in _chunks(x):
+            seen, out, area = x[place].flatten(0, 1), y[place].flatten(0, 1), place[1]
+            for k in range(channels):
+                scaled = _scaled(matrix[area], None if gain is None else gain[area], k)
+                shift = -(scaled @ mean[area].unsqueeze(-1))
+                shift = shift if bias is None else shift + bias[area][..., k, None]
+                number = len(x[place])
+                torch.baddbmm(_batched(shift, number), _batched(scaled, number), seen[:, :, k], out=out[:, :, k])
         ctx.save_for_backward(x, gain, bias, mean, matrix)
         ctx.operation, ctx.leaf, ctx.root, ctx.factor, ctx.count = operation, leaf, root, factor, count
         statistics = (mean.clone(), covariance, sigma.detach(), matrix.clone())
@@ -97,21 +151,29 @@ class _Whiten(torch.autograd.Function):
             given = [v for v in (x, gain, bias) if v is not None]
             found = iter(torch.autograd.grad(_composed(x, gain, bias, ctx.operation), given, grad, create_graph=True))
             return next(found), gain if gain is None else next(found), bias if bias is None else next(found), None
-        outer = tuple(range(x.ndim - 3))
-        centered = x - mean.unsqueeze(-1)
-        cross = grad @ centered.mT
-        cross = cross.sum(outer) if outer else cross
-        total = grad.sum((*outer, x.ndim - 1))
-        scaled = matrix if gain is None else matrix * gain.unsqueeze(-1)
-        grad_root = cross if gain is None else cross * gain.unsqueeze(-1)
+        channels = range(x.shape[3])
+        cross = x.new_zeros(len(channels), *matrix.shape)
+        total = x.new_zeros(*mean.shape, len(channels))
+        centered = _Centered(x, mean)
+        for place in _chunks(x):
+            rows, slopes = centered[place], grad[place].flatten(0, 1)
+            total[place[1]] += grad[place].sum((0, 4))
+            for k in channels:
+                cross[k, place[1]] += _square(slopes[:, :, k], rows[:, :, k], len(x[place]))
+        grad_root = torch.stack([_scaled(cross[k], gain, k) for k in channels]).sum(0)
         (grad_covariance,) = torch.autograd.grad(ctx.root, ctx.leaf, grad_root, retain_graph=True)
         spread = (grad_covariance + grad_covariance.mT) * ctx.factor
-        shift = -(scaled.mT @ total.unsqueeze(-1)) / ctx.count
-        grad_x = _product(scaled.mT, grad, shift).reshape(-1, *x.shape[-2:])
-        wide = spread.expand(*x.shape[:-2], -1, -1).reshape(len(grad_x), *spread.shape[-2:])
-        grad_x.baddbmm_(wide, centered.reshape(grad_x.shape))
-        grad_gain = None if gain is None else (cross * matrix).sum(-1)
-        return grad_x.reshape(x.shape), grad_gain, None if bias is None else total, None
+        scaled = [_scaled(matrix, gain, k).mT for k in channels]
+        shift = torch.stack([scaled[k] @ total[..., k, None] for k in channels]).sum(0) / -ctx.count
+        grad_x = x.new_empty(x.shape)
+        for place in _chunks(x):
+            rows, slopes, out = centered[place], grad[place].flatten(0, 1), grad_x[place].flatten(0, 1)
+            number, added = len(x[place]), _batched(shift[place[1]], len(x[place]))
+            for k in channels:
+                torch.baddbmm(added, _batched(scaled[k][place[1]], number), slopes[:, :, k], out=out[:, :, k])
+            out.flatten(2).baddbmm_(_batched(spread[place[1]], number), rows.flatten(2))
+        grad_gain = None if gain is None else (cross * matrix).sum(-1).movedim(0, -1)
+        return grad_x, grad_gain, None if bias is None else total, None
 
 
 _whiten: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = _Whiten.apply

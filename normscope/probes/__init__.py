@@ -1,1 +1,1 @@
-"""Probes: from a living model to the states and rows that a record keeps. `hooks` is the only file that registers one."""
+"""Probes: from a living model to the states and rows of a record. `hooks` is the only file that registers one."""

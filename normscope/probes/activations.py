@@ -1,4 +1,4 @@
-"""Activations: what the forward and gradient hooks of a sampled step measure, reduced at once, never kept as live tensors."""
+"""Activations: what the hooks of a sampled step measure, reduced at once, never kept as live tensors."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ class Activations:
         for (_, bounds, *_), items in alike.items():
             try:
                 states = tails.reduce(torch.cat([sample for *_, sample in items], 1), bounds)
-                parts = states.split([sample.shape[1] for *_, sample in items], 1)
+                parts = torch.split(states, [sample.shape[1] for *_, sample in items], 1)
                 for (current, site, role, _), state in zip(items, parts, strict=True):
                     current.add(site, role, "tails", state)
             except Exception as error:  # whatever a tensor does, the run goes on

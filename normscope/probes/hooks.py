@@ -1,7 +1,7 @@
 """Hooks: the only file that registers one. Forward hooks on modules, tensor hooks on outputs, step hooks on optimizers.
 
-Full backward hooks are not used: they make outputs views, which breaks in-place operations after a normalization layer. A hook
-returns None, raises nothing, and does nothing in a copy or a pickle of the module that it was registered on.
+Full backward hooks are not used: they make outputs views, which breaks in-place operations after a normalization
+layer. A hook returns None, raises nothing, and does nothing in a copy or a pickle of the module that it is on.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class _GradientHook:
 
 
 def _outside_modes() -> AbstractContextManager[object]:
-    """Hide what is measured from a dispatch mode that watches the user's operations (selective checkpointing, FLOPs)."""
+    """Hide what is measured from a dispatch mode that watches the user's operations, as selective checkpointing."""
     return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NO_MODES
 
 
@@ -106,7 +106,7 @@ def _transformed() -> bool:
     """Tell whether a compiler, a tracer, functorch or a fake mode runs the module: its tensors cannot be read."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or (torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_FAKE) is not None)
     )
@@ -120,7 +120,7 @@ def in_backward() -> bool:
 def on_gradient(tensor: torch.Tensor, report: Callable[[torch.Tensor], None]) -> None:
     """Report the gradient of an activation when it is known; a leaf is left alone, its hook would outlive the step."""
     if tensor.requires_grad and not tensor.is_leaf:
-        tensor.register_hook(_GradientHook(report))
+        tensor.register_hook(_GradientHook(report))  # type: ignore[no-untyped-call]
 
 
 class Hooks:

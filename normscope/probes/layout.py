@@ -30,7 +30,7 @@ class Channeled(NamedTuple):
 
     x: torch.Tensor
     rows: bool
-    count: int
+    count: int  # type: ignore[assignment]  # in place of a tuple's own method
 
 
 def tensors(output: object, slot: str = "output", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:

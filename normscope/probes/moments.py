@@ -1,11 +1,13 @@
 """Moments: per-channel mean and variance, exact, in one pass at memory bandwidth.
 
-A state is a tensor [3, C] with rows count, mean and M2 = sum (x - mean)^2; states of two sets merge exactly (Chan, Golub and
-LeVeque). `torch.var_mean` runs at a fortieth of memory bandwidth on a CPU, so there the sums are taken by kernels that do
-not: `batch_norm_update_stats` for [rows, C], a row sum and a row norm for [N, C, S].
+A state is a tensor [3, C] with rows count, mean and M2 = sum (x - mean)^2; states of two sets merge exactly (Chan,
+Golub and LeVeque). `torch.var_mean` runs at a fortieth of memory bandwidth on a CPU, so there the sums are taken by
+kernels that do not: `batch_norm_update_stats` for [rows, C], a row sum and a row norm for [N, C, S].
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -36,7 +38,12 @@ def observe(view: Channeled) -> torch.Tensor:
         mean, m2 = _rows(x if x.dtype == wide else x.to(wide))
     else:
         mean, m2 = _planes(x if x.dtype == wide else x.to(wide), view.count)
-    return torch.stack((torch.full_like(mean, view.count), mean, m2))
+    return torch.stack((_counts(view.count, mean.shape[0], mean.dtype, mean.device), mean, m2))
+
+
+@lru_cache(maxsize=256)
+def _counts(count: int, channels: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.full((channels,), count, dtype=dtype, device=device)
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +51,7 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if count <= _ROWS:
         mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
         return mean, variance * count
-    parts = [(part.shape[0], *torch.batch_norm_update_stats(part, None, None, 0.0)) for part in x.split(_ROWS)]
+    parts = [(part.shape[0], *torch.batch_norm_update_stats(part, None, None, 0.0)) for part in torch.split(x, _ROWS)]
     sizes, means, variances = (
         torch.stack([torch.as_tensor(part[i], dtype=x.dtype, device=x.device) for part in parts]) for i in range(3)
     )

@@ -1,4 +1,4 @@
-"""Normalization layers: the statistics they compute, the running ones they keep, and how much eps weighs against them."""
+"""Normalization layers: the statistics they compute, those they keep, and how much eps weighs against them."""
 
 from __future__ import annotations
 
@@ -154,14 +154,15 @@ def attributes(parts: NormParts) -> dict[str, object]:
 def running(module: nn.Module) -> torch.Tensor:
     """Return a copy of the running mean and variance, [2, C]."""
     mean, variance = module.running_mean, module.running_var
-    return torch.stack((mean.detach(), variance.detach()))  # type: ignore[union-attr,operator]  # buffers by their names
+    return torch.stack((mean.detach(), variance.detach()))  # type: ignore[operator]  # buffers by their names
 
 
 @torch.no_grad()
 def areas(x: torch.Tensor, parts: NormParts) -> torch.Tensor:
     """Return mean and variance over the layer's own areas, on at most `AREAS` of them.
 
-    Layer and RMS norms: an area is a token, the normalized trailing dimensions; group and instance norms: a sample and group.
+    Layer and RMS norms: an area is a token, the normalized trailing dimensions; group and instance norms: a sample and
+    group.
 
     Args:
         x: input of the layer.

@@ -164,7 +164,8 @@ def _square(x: torch.Tensor) -> torch.Tensor:
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous():
         flat = x.view(-1)
         return torch.dot(flat, flat)  # at memory bandwidth; vector_norm is slower on a CPU
-    return torch.linalg.vector_norm(x, dtype=_wide(x)).square_()
+    norm: torch.Tensor = torch.linalg.vector_norm(x, dtype=_wide(x))
+    return norm.square_()
 
 
 def _thinned(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Summary: states of one step, on the host, to the scalars and per-channel arrays of the record; vectorized over sites."""
+"""Summary: states of one step to the scalars and per-channel arrays of the record, vectorized over sites."""
 
 from __future__ import annotations
 
@@ -92,10 +92,12 @@ def extremes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Returns:
         Three arrays [n]; NaN where all values are.
     """
-    ordered = np.sort(values, axis=-1)  # NaN sorts last
-    known = (~np.isnan(values)).sum(-1)
-    last = np.maximum(known - 1, 0)
-    rows = np.arange(len(values))
+    ordered = np.sort(values.astype(np.float32), axis=-1)  # what the record keeps, and twice as fast; NaN sorts last
+    if not np.isnan(ordered[:, -1]).any():
+        width = ordered.shape[1]
+        return ordered[:, 0], 0.5 * (ordered[:, (width - 1) // 2] + ordered[:, width // 2]), ordered[:, -1]
+    last = np.maximum((~np.isnan(ordered)).sum(-1) - 1, 0)
+    rows = np.arange(len(ordered))
     median = 0.5 * (ordered[rows, last // 2] + ordered[rows, (last + 1) // 2])
     return ordered[:, 0], median, ordered[rows, last]
 

@@ -1,9 +1,10 @@
 """Tails: per-channel maximum, exact zeros, kurtosis and saturation on a fixed subsample.
 
-Sorting, histograms and fourth moments cost many passes over a tensor; on at most 32 values per channel they cost little. The
-subsample is not random: it strides by the golden ratio of the number of positions, modulo it, so that no random state is
-touched, the same positions are seen at every step, and they fall on all samples and all places. A state is a tensor [9, C]
-of counts, a maximum, a mean and central sums, which merge exactly (Pebay); raw powers would cancel where the mean is large.
+Sorting, histograms and fourth moments cost many passes over a tensor; on at most 32 values per channel they cost
+little. The subsample is not random: it strides by the golden ratio of the number of positions, modulo it, so that no
+random state is touched, the same positions are seen at every step, and they fall on all samples and all places. A state
+is a tensor [9, C] of counts, a maximum, a mean and central sums, which merge exactly (Pebay); raw powers would cancel
+where the mean is large.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from normscope.core.errors import ArgumentError, unknown_name
 from normscope.core.finding import Finding
 from normscope.core.record import Record
-from normscope.core.store import Store, check_run
+from normscope.core.store import Store, check_run, load
 from normscope.diagnostics import diagnose
 from normscope.norms.recognize import find_norms
 from normscope.probes import parameters
@@ -40,7 +40,6 @@ class Scope:
     def __init__(self, session: Session, hooks: Hooks, name: str, path: Path | None, summary: str) -> None:
         """Hold the parts; use `attach`."""
         self._session, self._hooks, self._name, self._path, self._summary = session, hooks, name, path, summary
-        self._record: Record | None = None
         self._closed = False
         atexit.register(self.close)
 
@@ -52,8 +51,7 @@ class Scope:
             grad_norm: norm of the parameter gradients before clipping, as `clip_grad_norm_` returns it.
             batch: number of samples, where it is not the first dimension of the model's first input.
 
-        Raises:
-            ArgumentError: if one of them is not a single number.
+        What is not a single number is an ArgumentError.
         """
         if not self._closed:
             values = {"loss": _number("loss", loss), "grad_norm": _number("grad_norm", grad_norm)}
@@ -61,9 +59,10 @@ class Scope:
 
     def record(self) -> Record:
         """Return what has been recorded so far."""
-        if self._record is not None:
-            return self._record
-        self._session.flush()
+        if not self._closed:
+            self._session.flush()
+        elif self._path is not None:
+            return load(self._path)
         return self._session.store.record()
 
     def findings(self) -> list[Finding]:
@@ -100,8 +99,8 @@ class Scope:
         atexit.unregister(self.close)
         self._hooks.remove()
         self._session.finish(measure)
-        self._record = self._session.store.record()
-        self._session.store.close()
+        if self._path is not None:  # a record in memory stays as long as its scope
+            self._session.store.close()
 
     def __enter__(self) -> Scope:
         """Return the scope; it is attached already."""
@@ -136,17 +135,17 @@ def attach(
 ) -> Scope:
     """Attach to a training run; nothing else in it changes.
 
-    Steps are counted by the optimizers' own step hooks. On sampled steps per-channel statistics of every layer's output and
-    of its gradient, norms of weights, gradients and updates, and the state of normalization layers are recorded; on every
-    step the gradient norm. Training is bit-identical with and without.
+    Steps are counted by the optimizers' own step hooks. On sampled steps per-channel statistics of every layer's output
+    and of its gradient, norms of weights, gradients and updates, and the state of normalization layers are recorded; on
+    every step the gradient norm. Training is bit-identical with and without.
 
     Args:
         model: the model.
         optimizer: its optimizer, or several; with several a step ends when all have stepped.
         run: folder of the record, new; None keeps it in memory.
         every: a step is sampled if its index is a multiple of this.
-        layers: which modules to watch: a glob over module paths ("layer3.*"), a module type, or a sequence of these; a match
-            brings the modules below it. All by default.
+        layers: which modules to watch: a glob over module paths ("layer3.*"), a module type, or a sequence of these; a
+            match brings the modules below it. All by default.
         probes: which of "moments", "tails", "parameters", "normalization", "population"; all by default.
         problem: loss and held batches for what compares training with evaluation.
         scaler: the `torch.amp.GradScaler`, so that its scale is undone and skipped steps are known.
@@ -156,8 +155,7 @@ def attach(
         The scope; a context manager that detaches at its end.
 
     Raises:
-        ArgumentError: if an argument cannot work; training has not begun then.
-        StoreError: if the run cannot be written.
+        ArgumentError: if an argument cannot work. A run that cannot be written is a StoreError.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model={type(model).__name__} must be a torch.nn.Module.")
@@ -169,16 +167,15 @@ def attach(
     optimizers = _checked_optimizers(model, optimizer)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ArgumentError(f"every={every!r} must be a whole number of steps, at least 1; the default is 10.")
-    if reduction not in ("mean", "sum"):
-        raise unknown_name("reduction", reduction, ("mean", "sum"), "It says how the loss joins the samples.")
+    _check_reduction(reduction)
     if problem is not None and not isinstance(problem, Problem):
         raise ArgumentError(
             f"problem={type(problem).__name__} must be normscope.Problem(model, loss, batches), or None."
         )
     if problem is not None and _unwrapped(problem.model) is not model:
         raise ArgumentError(
-            f"problem holds another model, a {type(problem.model).__name__}; make it from the model that is attached to, and "
-            "pass forward=lambda model, batch: (output, target) if its call differs."
+            f"problem holds another model, a {type(problem.model).__name__}; make it from the model that is attached "
+            "to, and pass forward=lambda model, batch: (output, target) if its call differs."
         )
     if scaler is not None and not hasattr(scaler, "get_scale"):
         raise ArgumentError(f"scaler={type(scaler).__name__} must be a torch.amp.GradScaler, or None.")
@@ -187,8 +184,8 @@ def attach(
     norms = {name: parts for name, parts in find_norms(model).items() if name in modules}
     owned = {name: p for name, p in parameters.named(model).items() if _owner(name) in modules}
     check_run(run)
-    path = None if run is None else Path(run)
-    name = "run" if path is None else path.resolve().name
+    path = None if run is None else Path(run).resolve()  # the program may change its folder
+    name = "run" if path is None else path.name
     facts = {
         "every": every,
         "reduction": reduction,
@@ -240,15 +237,21 @@ def _checked_optimizers(model: nn.Module, optimizer: object) -> tuple[torch.opti
             )
         if not any(id(p) in held for group in item.param_groups for p in group["params"]):
             raise ArgumentError(
-                f"optimizer={type(item).__name__} holds none of the model's {len(held)} parameters: it belongs to another "
-                "model, or the model's parameters were replaced after it was made. Make the optimizer from model.parameters()."
+                f"optimizer={type(item).__name__} holds none of the model's {len(held)} parameters: it belongs to "
+                "another model, or the model's parameters were replaced after it was made. Make the optimizer from "
+                "model.parameters()."
             )
         if not hasattr(item, "_optimizer_step_pre_hooks"):
             raise ArgumentError(
-                f"optimizer={type(item).__name__} has no step hooks, as it does not call torch.optim.Optimizer.__init__; "
-                "pass the optimizer that it wraps."
+                f"optimizer={type(item).__name__} has no step hooks, as it does not call "
+                "torch.optim.Optimizer.__init__; pass the optimizer that it wraps."
             )
-    return optimizers  # type: ignore[return-value]  # each was checked
+    return optimizers
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise unknown_name("reduction", reduction, ("mean", "sum"), "It says how the loss joins the samples.")
 
 
 def _checked_probes(probes: str | Iterable[str] | None) -> tuple[str, ...]:

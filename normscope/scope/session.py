@@ -29,6 +29,10 @@ PROBES = ("moments", "tails", "parameters", "normalization", "population")
 MAX_CHANNELS = 4096  # wider layers keep scalars only
 _FLUSH_STEPS = 256  # contexts of steps that wait for a sampled step at most
 _GIVE_UP_ROWS = 500_000  # rows that wait for a full disk before they are dropped
+_UNHEARD = (
+    "no activation: no watched module ran as a module with gradient. A compiled model runs no hook added after compiling: "
+    "attach before torch.compile, or train the model uncompiled for some steps."
+)
 
 
 class Session:
@@ -68,6 +72,7 @@ class Session:
         self._normalization = Normalization(norms, modules, self._on_site)
         self._order = 0
         self._samples = 0
+        self._unheard = False  # whether a sampled step without any forward hook was reported
         self._latest: tuple[int, list[tuple[str, summary.Row]]] | None = None
         self._failed_commits = 0
         self._rows: dict[int, dict[str, Any]] = {}
@@ -289,6 +294,9 @@ class Session:
 
     def _measured_rows(self) -> list[summary.Row]:
         measured, calls, running = self._activations.collect()
+        if not measured and "moments" in self._probes and not self._unheard:
+            self._unheard = True
+            self.store.event(self.step, "unmeasured", "", _UNHEARD)
         vectors = self._normalization.vectors() if "normalization" in self._probes else {}
         norms = self._parameters.states()
         host = iter(to_host([*(m.state for m in measured), *norms, *vectors.values(), *running.values()]))

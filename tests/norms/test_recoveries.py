@@ -6,10 +6,13 @@ import torch
 
 from normscope.core.errors import ArgumentError
 from normscope.norms.area import BatchGroup
-from normscope.norms.families.recoveries import LayerInstanceNorm
+from normscope.norms.checks import check
+from normscope.norms.families.recoveries import styled, with_passports
 from normscope.norms.families.recoveries_condition import Modulated
+from normscope.norms.families.recoveries_layers import LayerInstanceNorm
 from normscope.norms.layer import Norm
 from normscope.norms.operation import Standardize
+from normscope.norms.row import image, labelled
 from normscope.norms.table import build
 from tests.norms import references_recoveries as formula
 from tests.norms.keys.key import recorded_once
@@ -82,6 +85,17 @@ def test_class_conditional_recorded(key, name, prefix):
     for kind in ("running_mean", "running_var"):
         close(getattr(layer, kind), data[f"buf1_bn.{kind}"])
     close(layer.eval()(data["x"], data["labels"]), data["y_eval"])
+
+
+def test_sandwich_with_statistics_of_each_class():
+    layer, x, labels = made("sabn", 8, classes=2, separate=True), images(6), torch.tensor([0, 1, 1, 0, 1, 1])
+    p, y = arrays(layer), layer(x, labels)
+    for c in range(2):
+        z = formula.standardized(x[labels == c].numpy(), (0, 2, 3))
+        shared = z * p["weight"][:, None, None] + p["bias"][:, None, None]
+        close(y[labels == c], shared * p["class_weight"][c][:, None, None] + p["class_bias"][c][:, None, None])
+        close(layer.branches[c].running_mean, 0.1 * x[labels == c].mean((0, 2, 3)))
+    check(lambda: build("sabn", 8, classes=3, separate=True), labelled)
 
 
 def test_conditional_instance_recorded():
@@ -301,6 +315,23 @@ def test_semantic(sampling):
     layer, x = made("attentive-semantic", 8, entities=3, sampling=sampling).eval(), images()
     expected = formula.semantic(x.numpy(), arrays(layer), 10.0, [0, 10, 19] if sampling else None)
     close(layer(x), expected)
+
+
+def test_options_obey_the_laws():
+    for name, options, inputs in (
+        ("adain", {"style": 5}, styled),
+        ("adalin", {"adaptive": True}, lambda n, g: (*image(n, g), styled(16, g)[1].repeat(1, 4)[:, :16])),
+        ("rbn", {"centering": "deviation", "scaling": "deviation", "affine": False}, image),
+        ("conditional-batch", {"style": 5}, styled),
+        ("conditional-batch", {"style": 5, "hidden": 3}, styled),
+        ("attentive", {"groups": 4, "attention": "two-sigmoid"}, image),
+        ("attentive", {"attention": "two-bn-hsigmoid"}, image),
+        ("attentive", {"attention": "bn-softmax"}, image),
+        ("associate", {"base": "instance"}, image),
+        ("self", {"both": True}, image),
+        ("passport", {"published": True}, with_passports),
+    ):
+        assert check(lambda name=name, options=options: build(name, 8, **options), inputs)
 
 
 def test_semantic_regions_and_penalty():

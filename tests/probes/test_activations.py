@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import normscope as ns
-from tests.cases import CASES, Wrap, sgd
+from tests.awkward.base import Wrap, sgd
+from tests.cases import CASES
 
 
 @pytest.fixture(autouse=True)

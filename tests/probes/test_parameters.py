@@ -1,4 +1,4 @@
-"""Norms of weights, gradients and updates against a run that computes them by hand, and the gradient norm of every step."""
+"""Norms of weights, gradients and updates against a run that computes them by hand, and the norm of every step."""
 
 import math
 
@@ -95,6 +95,20 @@ def test_norms_of_five_steps(optimizer, how):
     record, expected = run(optimizer, **how)
     check(record, expected)
     np.testing.assert_allclose(record.context["grad_norm"], totals(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("room", "tolerance"), [(250, 1e-4), (100, 0.5)], ids=["whole", "thinned"])
+def test_copies_take_turns_where_memory_is_short(monkeypatch, room, tolerance):
+    monkeypatch.setattr(parameters, "COPIED", room)  # the first weight alone has 192 bytes
+    record, expected = run("momentum and decay")
+    names = [name for name, _ in make().named_parameters()]
+    seen = {name: record.series("/".join(name.rsplit(".", 1)), "norm", role="update") for name in names}
+    for name, series in seen.items():
+        assert 0 < len(series) < STEPS, name
+        reference = [expected[step][name][2] for step in series.index]
+        np.testing.assert_allclose(series, reference, rtol=tolerance, atol=2e-7, err_msg=name)
+        values = record.series("/".join(name.rsplit(".", 1)), "norm")
+        np.testing.assert_allclose(values, [step[name][0] for step in expected], rtol=1e-5)
 
 
 def test_with_clipping_the_norm_that_is_told_stands():

@@ -12,7 +12,8 @@ from torch import nn
 
 import normscope as ns
 from tests import checks
-from tests.cases import CASES, CaseError
+from tests.awkward.base import CaseError
+from tests.cases import CASES
 
 BY_NAME = {case.name: case for case in CASES}
 NAMES = list(BY_NAME)
@@ -102,9 +103,15 @@ def test_an_error_of_the_user_passes_through_and_detaches():
     case = BY_NAME["module that raises once"]
     job = case.build()
     before = checks.hook_counts(job)
-    with pytest.raises(CaseError, match="on purpose"), ns.attach(job.model, job.optimizers, every=1) as scope:
-        for _ in range(9):
-            job.step()
+    scope = ns.attach(job.model, job.optimizers, every=1)
+
+    def train():
+        with scope:
+            for _ in range(9):
+                job.step()
+
+    with pytest.raises(CaseError, match="on purpose"):
+        train()
     assert checks.hooks_added(before, checks.hook_counts(job)) == {}
     assert "closed" in repr(scope)
     assert len(scope.record().steps) == 3

@@ -29,12 +29,12 @@ from normscope.norms.row import Row, image
 def _autodial(
     num_features: int,
     *,
-    alpha: float = 1.0,
+    init: float = 1.0,
     eps: float = 1e-5,
     momentum: float | None = 0.001,
     affine: bool = True,
 ) -> AutoDial:
-    return AutoDial(num_features, eps, momentum, affine, alpha)
+    return AutoDial(num_features, eps, momentum, affine, init)
 
 
 def _specific(
@@ -101,9 +101,7 @@ def _invariant(num_features: int, *, eps: float = 1e-5, affine: bool = True) -> 
     return DomainInvariantNorm(num_features, eps, affine)
 
 
-def _separable(
-    num_features: int, *, maps: int = 2, eps: float = 1e-5, momentum: float | None = 0.1
-) -> SeparableNorm:
+def _separable(num_features: int, *, maps: int = 2, eps: float = 1e-5, momentum: float | None = 0.1) -> SeparableNorm:
     return SeparableNorm(num_features, maps, eps, momentum)
 
 

@@ -83,9 +83,7 @@ class DomainNorm(Normalization):
     @property
     def traits(self) -> Traits:
         """Those of batch normalization within a domain."""
-        return Traits(
-            crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True, condition="domain"
-        )
+        return Traits(crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True, condition="domain")
 
     @in_float
     def forward(self, x: Tensor, domain: Tensor | int | None = None) -> Tensor:
@@ -132,7 +130,13 @@ class SwitchableWidthNorm(Normalization):
         super().__init__()
         positive(eps, "eps")
         valid_momentum(momentum)
-        self.num_features, self.widths, self.eps, self.momentum, self.affine = num_features, widths, eps, momentum, affine
+        self.num_features, self.widths, self.eps, self.momentum, self.affine = (
+            num_features,
+            widths,
+            eps,
+            momentum,
+            affine,
+        )
         self.sizes = [round(num_features * width) for width in widths]
         shape = (len(widths), num_features)
         self.weight = nn.Parameter(torch.ones(shape)) if affine else None
@@ -200,12 +204,10 @@ class _DomainMoments(ChannelNorm):
     @property
     def traits(self) -> Traits:
         """Those of batch normalization within a domain."""
-        return Traits(
-            crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True, condition="domain"
-        )
+        return Traits(crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True, condition="domain")
 
     def measured(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of each domain `(domains, C)`, stored ones where it has no example; store the rest."""
+        """Return mean and variance of each domain `(domains, C)`, stored ones without examples; store the rest."""
         mean, var = kept(self.running_mean, x).clone(), kept(self.running_var, x).clone()
         if not self.training:
             return mean, var
@@ -238,7 +240,7 @@ class AutoDial(_DomainMoments):
         eps: added to the variance.
         momentum: weight of the newest batch in the stored mixtures, None for a plain average.
         affine: weight and bias for each channel.
-        alpha: initial a.
+        init: initial a.
     """
 
     alpha: nn.Parameter
@@ -249,19 +251,12 @@ class AutoDial(_DomainMoments):
         eps: float = 1e-5,
         momentum: float | None = 0.001,
         affine: bool = True,
-        alpha: float = 1.0,
+        init: float = 1.0,
     ) -> None:
         """Register weight, bias, a and the stored mixtures."""
         super().__init__(num_features, 2, eps, momentum, affine)
-        self.initial = alpha
-        self.alpha = nn.Parameter(torch.tensor([alpha]))
-
-    def settings(self) -> dict[str, object]:
-        """Return the arguments of the constructor that differ from its defaults."""
-        names = {"num_features": self.num_features, "eps": self.eps, "momentum": self.momentum}
-        names |= {"affine": self.affine, "alpha": self.initial}
-        usual = {"eps": 1e-5, "momentum": 0.001, "affine": True, "alpha": 1.0}
-        return {name: value for name, value in names.items() if name not in usual or usual[name] != value}
+        self.init = init
+        self.alpha = nn.Parameter(torch.tensor([float(init)]))
 
     @in_float
     def forward(self, x: Tensor, domain: Tensor | int | None = None) -> Tensor:
@@ -304,8 +299,8 @@ class AutoDial(_DomainMoments):
 class DomainOptimizedNorm(_DomainMoments):
     """Domain-specific optimized normalization: each domain mixes batch and instance statistics in its own proportion.
 
-    mean = w_d mean_batch + (1 - w_d) mean_instance, the variance likewise, w_d = sigmoid(mix_d), weight and bias of each
-    domain. Without labels, evaluation averages the outputs of all branches.
+    mean = w_d mean_batch + (1 - w_d) mean_instance, the variance likewise, w_d = sigmoid(mix_d), weight and bias of
+    each domain. Without labels, evaluation averages the outputs of all branches.
 
     Args:
         num_features: number of channels.
@@ -355,8 +350,8 @@ class DomainOptimizedNorm(_DomainMoments):
 class GatedBatchNorm(_DomainMoments):
     """Gated batch normalization: the branches of several domains, weighted by how much an example looks like each.
 
-    y = weight sum_d g_d(x) (x - mean_d) / sqrt(var_d + eps) + bias, g = softmax of a linear map of the pooled input. Train
-    the gate to tell the domains: cross entropy of `scores(x)` with the labels.
+    y = weight sum_d g_d(x) (x - mean_d) / sqrt(var_d + eps) + bias, g = softmax of a linear map of the pooled input.
+    Train the gate to tell the domains: cross entropy of `scores(x)` with the labels.
 
     Args:
         num_features: number of channels.
@@ -410,9 +405,7 @@ class DomainAgnosticNorm(ChannelNorm):
         affine: weight and bias for each channel.
     """
 
-    def __init__(
-        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True
-    ) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True) -> None:
         """Register weight, bias and the stored statistics."""
         super().__init__(num_features, eps, affine)
         valid_momentum(momentum)
@@ -422,9 +415,7 @@ class DomainAgnosticNorm(ChannelNorm):
     @property
     def traits(self) -> Traits:
         """Those of batch normalization."""
-        return Traits(
-            crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True, condition="domain"
-        )
+        return Traits(crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True, condition="domain")
 
     @in_float
     def forward(self, x: Tensor, domain: Tensor | int | None = None) -> Tensor:

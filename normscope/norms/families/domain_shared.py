@@ -30,9 +30,7 @@ class TransferableNorm(ChannelNorm):
         affine: weight and bias for each channel.
     """
 
-    def __init__(
-        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True
-    ) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True) -> None:
         """Register weight, bias and the statistics `(2, C)` of source and target."""
         super().__init__(num_features, eps, affine)
         valid_momentum(momentum)
@@ -41,7 +39,7 @@ class TransferableNorm(ChannelNorm):
 
     @property
     def traits(self) -> Traits:
-        """alpha sees mean and deviation, and has no gradient."""
+        """Alpha sees mean and deviation, and has no gradient."""
         return Traits(crosses_batch=True, stateful=True, scale_invariant=True, true_gradient=False)
 
     @in_float
@@ -77,7 +75,7 @@ class TransferableNorm(ChannelNorm):
     def _weighted(self, y: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         source, target = mean * (var + self.eps).rsqrt()
         p = (1 + (source - target).abs()).reciprocal()
-        alpha = self.num_features * p / p.sum()
+        alpha: Tensor = self.num_features * p / p.sum()
         return y * (1 + alpha).reshape(-1, *(1,) * (y.ndim - 2))
 
 
@@ -143,8 +141,9 @@ class BorrowingNorm(ChannelNorm):
 class AdversarialStatisticsNorm(Normalization):
     """Adversarial batch normalization: feature statistics moved, within bounds, to where the loss is largest.
 
-    y = scale (x - mean) + shift mean, mean over the batch, scale and shift for each channel within [1 - bound, 1 + bound];
-    at 1 the layer does nothing. Ascend the loss with `attack()` after a backward pass, start anew with `reset()`.
+    y = scale (x - mean) + shift mean, mean over the batch, scale and shift for each channel within [1 - bound, 1 +
+    bound]; at 1 the layer does nothing. Ascend the loss with `attack()` after a backward pass, start anew with
+    `reset()`.
 
     Args:
         num_features: number of channels.
@@ -191,7 +190,7 @@ class AdversarialStatisticsNorm(Normalization):
 
 
 class DomainInvariantNorm(ChannelNorm):
-    """Domain normalization of stereo networks: each channel over space, then each position to unit length over channels.
+    """Domain normalization of stereo networks: each channel over space, then each position to unit length.
 
     z = (x - mean_instance) / sqrt(var_instance + eps); y = weight z / sqrt(sum_c z^2 + eps) + bias.
 
@@ -233,9 +232,7 @@ class SeparableNorm(ChannelNorm):
         momentum: weight of the newest batch, None for a plain average.
     """
 
-    def __init__(
-        self, num_features: int, maps: int = 2, eps: float = 1e-5, momentum: float | None = 0.1
-    ) -> None:
+    def __init__(self, num_features: int, maps: int = 2, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
         """Register weight and bias `(maps, C)`, the attention and the stored statistics."""
         super().__init__(num_features, eps, False)
         valid_momentum(momentum)
@@ -262,8 +259,9 @@ class SeparableNorm(ChannelNorm):
         y = Batch().merge(self.standardized(z, mean, var), x)
         part = self.attention(instances(x, self.num_features).mean(2)).softmax(1)
         wide = (*y.shape[:2], *(1,) * (y.ndim - 2))
-        weight, bias = self.weight, self.bias
-        return y * (part @ weight).reshape(wide) + (part @ bias).reshape(wide)
+        scale: Tensor = part @ self.weight
+        shift: Tensor = part @ self.bias
+        return y * scale.reshape(wide) + shift.reshape(wide)
 
 
 class FineGrainedNorm(Normalization):
@@ -311,15 +309,15 @@ class FineGrainedNorm(Normalization):
         """Convolve and normalize `(N, C, *)`."""
         z = instances(x, self.num_features)
         sums = self.mixing @ z.reshape(z.shape[0], self.parts, -1, z.shape[2])
-        y = self.normalization(sums.flatten(1, 2)).reshape(sums.shape)
+        y: Tensor = self.normalization(sums.flatten(1, 2)).reshape(sums.shape)
         return y.sum(1).reshape(x.shape)
 
 
 class MetaNorm(ChannelNorm):
     """MetaNorm: networks infer mean and variance from the examples of a support set, for its query set too.
 
-    mean = average over the support of mu(pool(x)), log var = sigma(average of (pool(x) - mean)^2 and of the variances over
-    space), mu and sigma small networks. Training takes the input for the support and stores what it infers.
+    mean = average over the support of mu(pool(x)), log var = sigma(average of (pool(x) - mean)^2 and of the variances
+    over space), mu and sigma small networks. Training takes the input for the support and stores what it infers.
 
     Args:
         num_features: number of channels.
@@ -333,8 +331,7 @@ class MetaNorm(ChannelNorm):
         super().__init__(num_features, eps, affine)
         self.hidden = hidden
         self.mu, self.sigma = (
-            nn.Sequential(nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, num_features))
-            for _ in range(2)
+            nn.Sequential(nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, num_features)) for _ in range(2)
         )
         keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
 

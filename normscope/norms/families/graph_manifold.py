@@ -40,9 +40,9 @@ def geodesic(start: Tensor, end: Tensor, share: float) -> Tensor:
 class SPDBatchNorm(Normalization):
     """Riemannian batch normalization: symmetric positive definite matrices are moved so that their mean is W.
 
-    Y = W^(1/2) G^(-1/2) X G^(-1/2) W^(1/2), G the Riemannian mean of the batch, one Karcher step from the arithmetic mean
-    and without gradient; W is learned, its symmetric part counts. Evaluation uses the stored mean, which follows G on
-    the geodesic.
+    Y = W^(1/2) G^(-1/2) X G^(-1/2) W^(1/2), G the Riemannian mean of the batch, one Karcher step from the arithmetic
+    mean and without gradient; W is learned, its symmetric part counts. Evaluation uses the stored mean, which follows G
+    on the geodesic.
 
     Args:
         num_features: size of the matrices.

@@ -133,8 +133,8 @@ class MeanSubtraction(Normalization):
 class PairNorm(Normalization):
     """PairNorm: nodes are centered and scaled so that the total distance of all pairs stays constant.
 
-    s = x - mean; "whole": y = scale s / sqrt(eps + mean of |s|^2 over the nodes); "individual": y = scale s / sqrt(eps +
-    |s|^2); "center-last": y = scale x / sqrt(eps + |x|^2) - mean, the mean of the input.
+    s = x - mean; "whole": y = scale s / sqrt(eps + mean of |s|^2 over the nodes); "individual": y = scale s / sqrt(eps
+    + |s|^2); "center-last": y = scale x / sqrt(eps + |x|^2) - mean, the mean of the input.
 
     Args:
         num_features: number of channels.
@@ -198,9 +198,7 @@ class DifferentiableGroupNorm(Normalization):
         self.momentum, self.affine = momentum, affine
         self.assign = nn.Linear(num_features, groups)
         recovery = Affine() if affine else None
-        self.batch = Norm(
-            Batch(), Standardize(eps), recovery, Running(momentum), num_features=groups * num_features
-        )
+        self.batch = Norm(Batch(), Standardize(eps), recovery, Running(momentum), num_features=groups * num_features)
 
     @property
     def traits(self) -> Traits:
@@ -213,15 +211,16 @@ class DifferentiableGroupNorm(Normalization):
         assignment(x, None)
         part = self.assign(x).softmax(1)
         clusters = (part.unsqueeze(2) * x.unsqueeze(1)).flatten(1)
-        y = self.batch(clusters).reshape(len(x), self.groups, -1).sum(1)
+        y: Tensor = self.batch(clusters).reshape(len(x), self.groups, -1).sum(1)
         return x + self.skip * y
 
 
 class GraphCombinationNorm(Normalization):
     """Learned graph normalization: a mixture of normalizations over node, neighborhood, graph and batch.
 
-    y = weight sum_k p_k y_k + bias, p softmax for each channel: y_1 over the channels of a node, y_2 by mean and variance
-    of all channels of a node and its neighbors, y_3 each channel over the nodes of a graph, y_4 over all nodes.
+    y = weight sum_k p_k y_k + bias, p softmax for each channel: y_1 over the channels of a node, y_2 by mean and
+    variance of all channels of a node and its neighbors, y_3 each channel over the nodes of a graph, y_4 over all
+    nodes.
 
     Args:
         num_features: number of channels.
@@ -232,9 +231,7 @@ class GraphCombinationNorm(Normalization):
 
     mix: nn.Parameter
 
-    def __init__(
-        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True
-    ) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True) -> None:
         """Register weight, bias, the mixture `(4, C)` and the batch normalization."""
         super().__init__()
         positive(eps, "eps")
@@ -290,7 +287,8 @@ class GraphCombinationNorm(Normalization):
 class AttentiveContextNorm(ChannelNorm):
     """Attentive context normalization: each channel over a set of points, weighted by how much a point counts.
 
-    w = exp(l) sigmoid(g) / sum, l and g linear in the point; y = (x - E_w[x]) / sqrt(V_w[x] + eps), then scale and shift.
+    w = exp(l) sigmoid(g) / sum, l and g linear in the point; y = (x - E_w[x]) / sqrt(V_w[x] + eps), then scale and
+    shift.
 
     Args:
         num_features: number of channels.

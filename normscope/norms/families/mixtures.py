@@ -81,8 +81,9 @@ class TaskNorm(ChannelNorm):
     """TaskNorm: moments of the context set, pooled with those of each instance or of each example.
 
     mean = a mean_context + (1 - a) mean_own, var = a (var_context + (mean_context - mean)^2) + (1 - a) (var_own +
-    (mean_own - mean)^2), unbiased variances, a = sigmoid(scale n + offset) for a context of n examples. Training takes the
-    input for the context and stores its moments; evaluation takes the input for the target and uses the stored ones.
+    (mean_own - mean)^2), unbiased variances, a = sigmoid(scale n + offset) for a context of n examples. Training takes
+    the input for the context and stores its moments; evaluation takes the input for the target and uses the stored
+    ones.
 
     Args:
         num_features: number of channels.
@@ -155,7 +156,13 @@ class BatchChannelNorm(Normalization):
     ) -> None:
         """Make the two layers, batch and group; weight and bias are those of the groups."""
         super().__init__()
-        self.num_features, self.groups, self.eps, self.momentum, self.affine = num_features, groups, eps, momentum, affine
+        self.num_features, self.groups, self.eps, self.momentum, self.affine = (
+            num_features,
+            groups,
+            eps,
+            momentum,
+            affine,
+        )
         recovery = Affine() if affine else None
         self.batch = Norm(Batch(), Standardize(eps), recovery, Running(momentum), num_features=num_features)
         self.group = Norm(Group(groups), Standardize(eps), num_features=num_features)
@@ -301,9 +308,7 @@ def _exemplar(
     return ExemplarNorm(num_features, reduction, eps, momentum, affine)
 
 
-def _dynamic(
-    num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True
-) -> DynamicNorm:
+def _dynamic(num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True) -> DynamicNorm:
     return DynamicNorm(num_features, eps, momentum, affine)
 
 

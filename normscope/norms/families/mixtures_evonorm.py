@@ -20,9 +20,9 @@ KINDS: Final = ("b0", "b1", "b2", "s0", "s1", "s2")
 class EvoNorm(ChannelNorm):
     """EvoNorm: normalization and activation in one, with batch statistics (B) or those of groups (S).
 
-    B0: x / max(sqrt(var_batch + eps), v x + sqrt(var_instance + eps)); B1: the second is (x + 1) rms_instance; B2: it is
-    rms_instance - x. S0: x sigmoid(v x) / sqrt(var_group + eps); S1: silu(x) for x sigmoid(v x); S2: rms_group for the
-    deviation. Then scale and shift for each channel.
+    B0: x / max(sqrt(var_batch + eps), v x + sqrt(var_instance + eps)); B1: the second is (x + 1) rms_instance; B2: it
+    is rms_instance - x. S0: x sigmoid(v x) / sqrt(var_group + eps); S1: silu(x) for x sigmoid(v x); S2: rms_group for
+    the deviation. Then scale and shift for each channel.
 
     Args:
         num_features: number of channels.

@@ -226,7 +226,8 @@ class ExemplarNorm(ChannelNorm):
         scale = part.unsqueeze(2) * factor * (1 if self.weight is None else self.weight)
         shift = -(scale * mean).sum(1)
         shift = shift if self.bias is None else shift + part @ self.bias
-        return (z * scale.sum(1).unsqueeze(2) + shift.unsqueeze(2)).reshape(x.shape)
+        y: Tensor = z * scale.sum(1).unsqueeze(2) + shift.unsqueeze(2)
+        return y.reshape(x.shape)
 
     def _moments(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance of instance, layer and batch `(N, 3, C)`."""
@@ -245,8 +246,8 @@ class ExemplarNorm(ChannelNorm):
 class DynamicNorm(ChannelNorm):
     """Dynamic normalization: learned binary gates decide which channels and examples share statistics.
 
-    mean = V M U and the same of the mean squares, M `(N, C)` the means of the instances, V and U averaging matrices: U a
-    Kronecker product over the prime factors p of C of (1 - g) I + g 11^T / p, V the same with one gate for the batch.
+    mean = V M U and the same of the mean squares, M `(N, C)` the means of the instances, V and U averaging matrices: U
+    a Kronecker product over the prime factors p of C of (1 - g) I + g 11^T / p, V the same with one gate for the batch.
     All gates 0 give instance normalization, all 1 batch and layer at once. Gates are steps of parameters, through which
     the gradient passes as if they were the identity.
 

@@ -122,7 +122,8 @@ def sparsemax(z: Tensor) -> Tensor:
     ordered, _ = z.sort(descending=True)
     index = torch.arange(1, len(z) + 1, dtype=z.dtype, device=z.device)
     size = int((1 + index * ordered > ordered.cumsum(0)).sum())
-    return (z - (ordered[:size].sum() - 1) / size).relu()
+    p: Tensor = (z - (ordered[:size].sum() - 1) / size).relu()
+    return p
 
 
 def sparsestmax(z: Tensor, radius: float) -> Tensor:
@@ -151,7 +152,8 @@ def sparsestmax(z: Tensor, radius: float) -> Tensor:
         distance = torch.linalg.vector_norm(p - center)
         if not 0 < float(distance.detach()) < limit:
             return p
-        p = center + limit * (p - center) / distance
+        moved: Tensor = center + limit * (p - center) / distance
+        p = moved
         if float(p.detach().min()) >= 0:
             return p
         p, before = sparsemax(p), center
@@ -206,8 +208,9 @@ class SparseSwitchableNorm(SwitchableNorm):
         return self._weights("mean"), self._weights("var")
 
     def _weights(self, name: str) -> Tensor:
-        stored, fixed = getattr(self, f"{name}_mix"), getattr(self, f"{name}_fixed")
-        parameter = getattr(self, f"{name}_weight")
+        stored: Tensor = getattr(self, f"{name}_mix")
+        fixed: Tensor = getattr(self, f"{name}_fixed")
+        parameter: Tensor = getattr(self, f"{name}_weight")
         if bool(fixed):
             return stored.clone() + 0 * parameter
         found = sparsestmax(parameter, self.radius)

@@ -13,7 +13,7 @@ from torch import Tensor
 from normscope.norms.area import Batch, Layer, Position
 from normscope.norms.average import LOCAL, Average, rows
 from normscope.norms.layer import Norm
-from normscope.norms.operation import L1, RMS, Center, Lp, Operation, Rescale, Scale, TopK, gaussian_maximum
+from normscope.norms.operation import L1, RMS, Center, Lp, Operation, Rescale, Scale, TopK, growth
 from normscope.norms.part import Stats, require
 from normscope.norms.population import Current, Population, Running, track
 from normscope.norms.recovery import Affine, Recovery
@@ -252,7 +252,7 @@ class Range(Rescale):
         parts = max(d for d in range(1, self.chunks + 1) if flat.shape[2] % d == 0 and flat.shape[2] // d > 1)
         pieces = flat.reshape(*flat.shape[:2], parts, -1)
         ranges = average.over((pieces.amax(-1) - pieces.amin(-1)).sum(-1), parts)
-        constant: float = 0.35 * gaussian_maximum(pieces.shape[-1])
+        constant: float = 0.35 * growth(pieces.shape[-1])
         return constant * ranges
 
 

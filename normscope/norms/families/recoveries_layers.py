@@ -1,4 +1,4 @@
-"""Recoveries that are more than a part: calibrated, passport-aware and instance-with-layer normalization."""
+"""Recoveries that are more than a part: statistics of each channel of each example change the normalization itself."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from normscope.core.errors import ArgumentError
 from normscope.norms.affine import scale_shift
 from normscope.norms.area import Batch, Instance
 from normscope.norms.families.recoveries_condition import DynamicConvolution, scale_and_shift
-from normscope.norms.families.recoveries_input import scaled, several
+from normscope.norms.families.recoveries_input import several
 from normscope.norms.families.recoveries_moments import moments
 from normscope.norms.layer import Norm, Normalization, in_float
 from normscope.norms.operation import Standardize, safe_sqrt
-from normscope.norms.part import Traits, divide, positive, require
+from normscope.norms.part import Traits, positive, require
 from normscope.norms.population import Running
 from normscope.norms.recovery import Affine
 
@@ -68,10 +68,8 @@ class RepresentativeBatchNorm(Norm):
 
     @in_float
     def forward(self, x: Tensor, condition: Any = None) -> Tensor:
-        """Calibrate, normalize `(N, C, *)` over the batch, calibrate.
-
-        Every step is a factor and a summand for each channel of each example, which follow from their moments.
-        """
+        """Calibrate, normalize `(N, C, *)` over the batch, calibrate."""
+        # each step is a factor and a summand for each channel of each example, which follow from the moments
         self.area.axis(x, self.num_features)
         if self.training:
             self._check_samples(x, 1)
@@ -181,105 +179,15 @@ class LayerInstanceNorm(Normalization):
         return (var * (count / (count - 1) if self.unbiased else 1) + self.eps).rsqrt()
 
 
-class PassportNorm(Normalization):
-    """Passport-aware normalization: a second branch whose scale and shift follow from secret passports.
-
-    Without passports y = BN(x) * weight + bias. With passports (s, k), activations of the layer before,
-    y = BN'(x) * f(mean s) + f(mean k), means over examples and space, f(v) = B leaky_relu(A v).
-
-    Args:
-        num_features: number of channels.
-        eps: added to the variance.
-        momentum: weight of the newest batch in the stored statistics.
-        affine: weight and bias of the branch without passports.
-        reduction: f has num_features / reduction hidden units.
-        published: both branches share stored statistics, as in the authors' code; else each has its own.
-    """
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        reduction: int = 4,
-        published: bool = False,
-    ) -> None:
-        """Register both branches and f."""
-        super().__init__()
-        self.num_features, self.eps, self.momentum, self.affine = num_features, eps, momentum, affine
-        self.reduction, self.published = reduction, published
-        Affine(affine, affine).install(self, num_features)
-        self.public = self._branch()
-        self.secret = self.public if published else self._branch()
-        hidden = divide(num_features, reduction)
-        inside, outside = nn.Linear(num_features, hidden, bias=False), nn.Linear(hidden, num_features, bias=False)
-        self.passport = nn.Sequential(inside, nn.LeakyReLU(), outside)
-
-    def _branch(self) -> Norm:
-        return Norm(Batch(), Standardize(self.eps), None, Running(self.momentum), num_features=self.num_features)
-
-    @property
-    def traits(self) -> Traits:
-        """It takes passports."""
-        return Traits(crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True, condition="other")
-
-    def scale_and_shift(self, passports: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return scale and shift `(C,)` of the branch with passports.
-
-        Args:
-            passports: activations of the layer before for both passports, each `(M, C, *)`.
-
-        Returns:
-            Scale, from the first, and shift, from the second.
-        """
-        dtype = next(self.passport.parameters()).dtype
-        first, second = (Instance().split(p.to(dtype)).mean((0, 2)) for p in passports)
-        return self.passport(first), self.passport(second)
-
-    def sign_loss(self, passports: tuple[Tensor, Tensor], signature: Tensor, margin: float = 0.1) -> Tensor:
-        """Return the loss that writes a signature into the signs of the scale.
-
-        Args:
-            passports: as in `scale_and_shift`.
-            signature: 1 or -1 for each channel.
-            margin: the scale should exceed it, with that sign.
-
-        Returns:
-            0.1 sum relu(margin - signature * scale) + 1e-5 sum scale^2.
-        """
-        scale, _ = self.scale_and_shift(passports)
-        return 0.1 * torch.relu(margin - signature * scale).sum() + 1e-5 * scale.square().sum()
-
-    @in_float
-    def forward(self, x: Tensor, passports: tuple[Tensor, Tensor] | None = None, which: Tensor | None = None) -> Tensor:
-        """Normalize.
-
-        Args:
-            x: `(N, C, *)`.
-            passports: activations of the layer before for both passports, or None for the branch without.
-            which: `(N,)`, True for the examples that take the branch with passports; all if not given.
-
-        Returns:
-            A tensor of the shape of x.
-        """
-        if passports is None:
-            return self._public(x)
-        if which is None:
-            return self._secret(x, passports)
-        y = torch.empty_like(x)
-        for chosen, branch in ((~which, self._public), (which, lambda z: self._secret(z, passports))):
-            if bool(chosen.any()):
-                y = y.index_put((chosen,), branch(x[chosen]))
-        return y
-
-    def _public(self, x: Tensor) -> Tensor:
-        return Affine(self.affine, self.affine).apply(self, self.public(x), x, 1, None)
-
-    def _secret(self, x: Tensor, passports: tuple[Tensor, Tensor]) -> Tensor:
-        scale, shift = self.scale_and_shift(passports)
-        y: Tensor = self.secret(x)
-        return scaled(y, scale, shift, 1)
+def window_mean(x: Tensor, size: int) -> Tensor:
+    """Average over square windows inside the map `(N, C, H, W)`; slices are faster than torch's pooling."""
+    for dim in (2, 3):
+        count = x.shape[dim] - size + 1
+        total = x.narrow(dim, 0, count)
+        for start in range(1, size):
+            total = total + x.narrow(dim, start, count)
+        x = total
+    return x / size**2
 
 
 class AdaptiveConvolutionNorm(Normalization):
@@ -341,8 +249,8 @@ class AdaptiveConvolutionNorm(Normalization):
         # about the mean of each channel, so that squares do not cancel
         centered = x - x.mean((2, 3), keepdim=True)
         wide = F.pad(centered, (self.kernel // 2,) * 4, mode="replicate")
-        mean = F.avg_pool2d(wide, self.kernel, 1)
-        var = (F.avg_pool2d(wide.square(), self.kernel, 1) - mean.square()).clamp_min(0)
+        mean = window_mean(wide, self.kernel)
+        var = (window_mean(wide.square(), self.kernel) - mean.square()).clamp_min(0)
         return self.recovery.apply(self, (centered - mean) * (var + self.eps).rsqrt(), x, 1, style)
 
 

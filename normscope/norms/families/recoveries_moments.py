@@ -14,10 +14,16 @@ from normscope.norms.average import rows
 class _MeanSquare(torch.autograd.Function):
     """Mean of z^2 over the last axis; no square is ever stored."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        ctx.save_for_backward(z)
-        return torch.linalg.vector_norm(z, dim=-1).square() / z.shape[-1]
+    def forward(z: Tensor) -> Tensor:
+        result: Tensor = torch.linalg.vector_norm(z, dim=-1).square() / z.shape[-1]
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -39,8 +45,8 @@ def moments(z: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
     Returns:
         Mean and variance, each `(N, C)`.
 
-    >>> moments(torch.tensor([[[1.0, 3.0]]]), unbiased=True)
-    (tensor([[2.]]), tensor([[2.]]))
+    >>> moments(torch.tensor([[[1.0, 1.0, 3.0, 3.0]]]))
+    (tensor([[2.]]), tensor([[1.]]))
     """
     mean = z.mean(-1)
     var = mean_square(z - rows(mean, z))

@@ -69,10 +69,10 @@ class SemanticNorm(Normalization):
         z = Instance().split(x)
         scores = self.filters @ z
         if self.sampling:
-            turned = z.transpose(1, 2)
-            sampled = self.keys(turned[:, self._positions(z.shape[2], x.device)])
+            sampled = self.keys(z[:, :, self._positions(z.shape[2], x.device)].mT)
+            queries = torch.baddbmm(self.queries.bias.unsqueeze(1), self.queries.weight.expand(len(z), -1, -1), z)
             # alpha balances both scores, and only weights between 0 and 1 do
-            scores = scores + self.alpha.clamp(0, 1).unsqueeze(1) * (sampled @ self.queries(turned).mT)
+            scores = scores + self.alpha.clamp(0, 1).unsqueeze(1) * (sampled @ queries)
         return torch.softmax(scores / self.temperature, 1)
 
     def _positions(self, count: int, device: torch.device) -> Tensor:

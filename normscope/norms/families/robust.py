@@ -44,9 +44,7 @@ def _renorm(
     return BatchRenorm(num_features, eps, momentum, affine, r_max, d_max, start, r_end, d_end)
 
 
-def _running(
-    num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True
-) -> BlendedNorm:
+def _running(num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True) -> BlendedNorm:
     return BlendedNorm(num_features, eps, momentum, affine=affine)
 
 
@@ -54,9 +52,7 @@ def _diminishing(num_features: int, *, power: float = 1.0, eps: float = 1e-5, af
     return BlendedNorm(num_features, eps, None, power, affine=affine)
 
 
-def _full(
-    num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True
-) -> BlendedNorm:
+def _full(num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True) -> BlendedNorm:
     return BlendedNorm(num_features, eps, momentum, composed=True, affine=affine)
 
 

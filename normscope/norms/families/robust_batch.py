@@ -19,8 +19,8 @@ from normscope.norms.population import keep, track, valid_momentum
 class BlendedNorm(ChannelNorm):
     """Batch normalization by moving averages in training too: mean_t = (1 - a_t) mean_(t-1) + a_t mean_batch.
 
-    y = weight (x - mean_t) / sqrt(var_t + eps) + bias, the same for the variance. The gradient flows through the share a_t
-    of the batch statistics, or, if `composed`, through all of them, as the optimization of a composition wants it.
+    y = weight (x - mean_t) / sqrt(var_t + eps) + bias, the same for the variance. The gradient flows through the share
+    a_t of the batch statistics, or, if `composed`, through all of them, as the optimization of a composition wants it.
 
     Args:
         num_features: number of channels.
@@ -72,7 +72,8 @@ class BlendedNorm(ChannelNorm):
             z = self.split(x)
             return self.finish(self.standardized(z, self.stored("mean", z), self.stored("var", z)), x)
         z, mean, var = self.moments(x)
-        rate = self.rate(int(self.num_batches_tracked) + 1, x.shape[0])
+        examples = int(self.average.count(z)) // z.shape[3]
+        rate = self.rate(int(self.num_batches_tracked) + 1, examples)
         mean, var = self._blend("mean", mean, rate), self._blend("var", var, rate)
         track(self, 1.0, mean=mean, var=var)
         return self.finish(self.standardized(z, mean, var), x)
@@ -122,10 +123,10 @@ class MomentumBatchNorm(BlendedNorm):
 
 
 class BatchRenorm(ChannelNorm):
-    """Batch renormalization: y = weight ((x - mean) / s r + d) + bias, corrections r and d towards the stored statistics.
+    """Batch renormalization: y = weight ((x - mean) / s r + d) + bias, corrected towards stored statistics.
 
-    s = sd + eps, r = clip(s / stored s, 1 / r_max, r_max), d = clip((mean - stored mean) / stored s, -d_max, d_max), both
-    without gradient. The limits grow from 1 and 0 after `start` steps to r_max at r_end and d_max at d_end.
+    s = sd + eps, r = clip(s / stored s, 1 / r_max, r_max), d = clip((mean - stored mean) / stored s, -d_max, d_max),
+    both without gradient. The limits grow from 1 and 0 after `start` steps to r_max at r_end and d_max at d_end.
 
     Args:
         num_features: number of channels.
@@ -200,8 +201,9 @@ class BatchRenorm(ChannelNorm):
 class KalmanNorm(ChannelNorm):
     """Kalman normalization: batch moments are filtered with a prediction from the moments of the layer before.
 
-    mean = p mean_pre + (1 - p) mean_batch, var = p var_pre + (1 - p) var_batch + p (1 - p) (mean_batch - mean_pre)^2; the
-    prediction is left aside where the average of var_pre / var_batch is 100 or more. Evaluation uses moving averages.
+    mean = p mean_pre + (1 - p) mean_batch, var = p var_pre + (1 - p) var_batch + p (1 - p) (mean_batch - mean_pre)^2;
+    the prediction is left aside where the average of var_pre / var_batch is 100 or more. Evaluation uses moving
+    averages.
 
     Args:
         num_features: number of channels.
@@ -249,7 +251,9 @@ class KalmanNorm(ChannelNorm):
         """
         if not self.training:
             z = self.split(x)
-            return self.finish(self.standardized(z, kept(self.running_mean, z)[None], kept(self.running_var, z)[None]), x)
+            return self.finish(
+                self.standardized(z, kept(self.running_mean, z)[None], kept(self.running_var, z)[None]), x
+            )
         z = self.split(x)
         mean, var = self.filtered(x, prediction)
         track(self, self.momentum, mean=mean, var=var)
@@ -262,7 +266,7 @@ class KalmanNorm(ChannelNorm):
             return mean, var
         mean_pre, var_pre = prediction.to(x.dtype).unsqueeze(1)
         ratio = (var_pre / var.clamp_min(torch.finfo(var.dtype).tiny)).detach().mean()
-        p = torch.where(ratio < 100, self.p, 0.0).to(x.dtype)
+        p = self.p * (ratio < 100).to(x.dtype)
         pooled = p * var_pre + (1 - p) * var + p * (1 - p) * (mean - mean_pre).square()
         return p * mean_pre + (1 - p) * mean, pooled
 
@@ -299,8 +303,8 @@ def predicted(
 class StochasticNorm(ChannelNorm):
     """Stochastic normalization: each channel is normalized by the batch or, with probability p, by stored statistics.
 
-    y = weight (s BN_batch(x) + (1 - s) BN_stored(x)) + bias, s drawn for each channel and step; the stored statistics are
-    those from before the step.
+    y = weight (s BN_batch(x) + (1 - s) BN_stored(x)) + bias, s drawn for each channel and step; what is stored counts
+    as it was before the step.
 
     Args:
         num_features: number of channels.
@@ -389,7 +393,7 @@ class NoiseAwareNorm(ChannelNorm):
         super().__init__(num_features, eps, affine)
         valid_momentum(momentum)
         if not noise >= 0:
-            raise ArgumentError(f"noise={noise!r} must be at least 0: a standard deviation relative to the input's rms.")
+            raise ArgumentError(f"noise={noise!r} must be at least 0, relative to the input's rms; try 0.1.")
         self.noise, self.momentum = noise, momentum
         keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
 

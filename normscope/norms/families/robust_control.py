@@ -29,7 +29,7 @@ class OnlineNorm(ChannelNorm):
         num_features: number of channels.
         forward_decay: a.
         backward_decay: b.
-        guard: after weight and bias, "clamp" to +-5, "layer" to divide by the root mean square of the example, or "none".
+        guard: after weight and bias, "clamp" to +-5, "layer" to divide by the example's root mean square, or "none".
         eps: added to the variance.
         affine: weight and bias for each channel.
     """
@@ -142,8 +142,8 @@ class MovingAverageNorm(ChannelNorm):
     """Moving average batch normalization: mean squares over the last batches, in forward and in backward.
 
     y = weight r x / sqrt(square + eps) + bias, square = E[x^2] averaged over the last m batches after the warm-up, r =
-    clip(sqrt(square + eps) / sqrt(stored + eps), 0.2, 5) after 1000 steps, else 1. Backward: gx = (g - z mean_m(E[g z])) /
-    sqrt(square + eps). No mean is removed: the weights of the layer before should be centered.
+    clip(sqrt(square + eps) / sqrt(stored + eps), 0.2, 5) after 1000 steps, else 1. Backward, with z the normalized
+    input: gx = (g - z mean_m(E[g z])) / sqrt(square + eps). No mean is removed: center the weights of the layer before.
 
     Args:
         num_features: number of channels.
@@ -208,7 +208,7 @@ class MovingAverageNorm(ChannelNorm):
 
 
 class _Moving(torch.autograd.Function):
-    """Multiply `[1, C, N, L]` by a factor; backward removes an average over batches of the component along the output."""
+    """Multiply `[1, C, N, L]` by a factor; backward removes the component along the output, averaged over batches."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, factor: Tensor, memory: tuple[Tensor, int, bool], average: Average) -> Tensor:
@@ -278,9 +278,7 @@ class PowerNorm(ChannelNorm):
     @property
     def traits(self) -> Traits:
         """Those of batch normalization without its mean; backward is controlled."""
-        return Traits(
-            crosses_batch=True, stateful=True, true_gradient=False, channels_last=self.channels == "last"
-        )
+        return Traits(crosses_batch=True, stateful=True, true_gradient=False, channels_last=self.channels == "last")
 
     @in_float
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:

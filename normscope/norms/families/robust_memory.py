@@ -99,9 +99,9 @@ class MemorizedNorm(ChannelNorm):
 class CrossIterationNorm(ChannelNorm):
     """Cross-iteration batch normalization: past statistics are carried over to the present weights by a Taylor step.
 
-    mean_tau(w_t) = mean_tau + rho <d mean_tau / dw, w_t - w_tau> for each filter, E[x^2] likewise; where the variance that
-    results is at least 0, an entry joins the average with the present batch. y = weight (x - mean) / (sd + eps) + bias.
-    Without history the variance is unbiased. The history is not part of the state: it starts anew after loading.
+    mean_tau(w_t) = mean_tau + rho <d mean_tau / dw, w_t - w_tau> for each filter, E[x^2] likewise; where the variance
+    that results is at least 0, an entry joins the average with the present batch. y = weight (x - mean) / (sd + eps) +
+    bias. Without history the variance is unbiased. The history is not part of the state: it starts anew after loading.
 
     Args:
         num_features: number of channels.

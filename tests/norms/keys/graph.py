@@ -16,9 +16,9 @@ def _by_index(layer, x, step, data):
     return layer(x, data["extra/batch"])
 
 
-_GROUPS = {f"bn.{n}": f"batch.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")} | {
-    f"group_func.{n}": f"assign.{n}" for n in ("weight", "bias")
-}
+_GROUPS = {
+    f"bn.{n}": f"batch.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+} | {f"group_func.{n}": f"assign.{n}" for n in ("weight", "bias")}
 
 KEYS = (
     Key("graphnorm", lambda: build("graph", 8), call=_by_size),
