@@ -6,15 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from normscope import norms
     from normscope.core.errors import ArgumentError, NormscopeError, StoreError
     from normscope.core.finding import Finding, Verdict
+    from normscope.core.reading import load
     from normscope.core.record import Record
-    from normscope.core.store import load
     from normscope.diagnostics import diagnose
     from normscope.probes.problem import Problem
     from normscope.report import write_report
     from normscope.scope.attach import Scope, attach
 
+_PACKAGES = ("norms",)
 _NAMES = {
     "ArgumentError": "normscope.core.errors",
     "Finding": "normscope.core.finding",
@@ -26,7 +28,7 @@ _NAMES = {
     "Verdict": "normscope.core.finding",
     "attach": "normscope.scope.attach",
     "diagnose": "normscope.diagnostics",
-    "load": "normscope.core.store",
+    "load": "normscope.core.reading",
     "write_report": "normscope.report",
 }
 
@@ -42,12 +44,15 @@ __all__ = [
     "attach",
     "diagnose",
     "load",
+    "norms",
     "write_report",
 ]
 
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used, so that `--help` imports neither torch nor numpy."""
+    if name in _PACKAGES:
+        return import_module(f"normscope.{name}")
     if name not in _NAMES:
         raise AttributeError(f"module 'normscope' has no attribute {name!r}; public names: {', '.join(__all__)}")
     value = getattr(import_module(_NAMES[name]), name)
@@ -56,4 +61,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NAMES})
+    return sorted({*globals(), *_NAMES, *_PACKAGES})

@@ -1,4 +1,4 @@
-"""The command line: one file per command, imported when it is called, so that `--help` imports neither torch nor numpy."""
+"""The command line: one file per command, imported when it is called; `--help` imports neither torch nor numpy."""
 
 from __future__ import annotations
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from normscope import workbench
+from normscope.core.errors import ArgumentError
 from normscope.core.store import run_exists
+from normscope.norms.conversion import convert
 from normscope.probes.problem import Problem
 from normscope.report.table import findings_table
 from normscope.scope.attach import attach
@@ -26,7 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         choices=tuple(BATCH),
         default="cnn",
-        help="cnn: residual, BatchNorm, 5000 real MNIST digits; transformer: LayerNorm, characters of English text (default: cnn)",
+        help="cnn: residual, BatchNorm, 5000 MNIST digits; transformer: LayerNorm, English text (default: cnn)",
+    )
+    parser.add_argument(
+        "--norm", metavar="NAME", help="replace the model's norms first; normscope catalog --norms lists the names"
+    )
+    parser.add_argument(
+        "--norm-option",
+        metavar="KEY=VALUE",
+        action="append",
+        type=_option,
+        default=[],
+        help="a setting of that normalization, as groups=4; can be repeated",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
     parser.add_argument("--steps", type=_positive, default=300, help="training steps (default: 300)")
@@ -35,10 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, attached; print the findings and where the run and its page are."""
-    out = arguments.out or _free(Path("runs") / f"demo-{arguments.model}")
+    if arguments.norm_option and not arguments.norm:
+        raise ArgumentError("--norm-option is given without --norm NAME, whose setting it would be.")
+    name = "-".join(filter(None, ("demo", arguments.model, arguments.norm)))
+    out = arguments.out or _free(Path("runs") / name)
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
-    model, optimizer, batches, held = _SETUPS[arguments.model](generator)
+    change = partial(_converted, to=arguments.norm, options=dict(arguments.norm_option))
+    model, optimizer, batches, held = _SETUPS[arguments.model](generator, change)
     problem = Problem(model, workbench.cross_entropy, [held])
     with attach(model, optimizer, run=out, problem=problem) as scope:
         workbench.fit(
@@ -56,22 +76,27 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+Change = Callable[[nn.Module], nn.Module]
 Setup = tuple[nn.Module, torch.optim.Optimizer, Batches, tuple[torch.Tensor, torch.Tensor]]
 
 
-def _cnn(generator: torch.Generator) -> Setup:
+def _converted(model: nn.Module, to: str | None, options: dict[str, Any]) -> nn.Module:
+    return model if to is None else convert(model, to, **options)
+
+
+def _cnn(generator: torch.Generator, change: Change) -> Setup:
     images, labels = workbench.mnist()
     train, test = workbench.split(images, labels, seed=0)
-    model = workbench.residual_cnn()
+    model = change(workbench.residual_cnn())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     held = (test[0][: HELD["cnn"]], test[1][: HELD["cnn"]])
     return model, optimizer, workbench.batches(*train, BATCH["cnn"], generator), held
 
 
-def _transformer(generator: torch.Generator) -> Setup:
+def _transformer(generator: torch.Generator, change: Change) -> Setup:
     tokens, vocabulary = workbench.text()
     cut = len(tokens) * 9 // 10
-    model = workbench.transformer(len(vocabulary))
+    model = change(workbench.transformer(len(vocabulary)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     held = next(workbench.windows(tokens[cut:], HELD["transformer"], 64, torch.Generator().manual_seed(1)))
     return model, optimizer, workbench.windows(tokens[:cut], BATCH["transformer"], 64, generator), held
@@ -90,3 +115,14 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a positive number")
     return number
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """Read KEY=VALUE; a value that is no Python literal is a string."""
+    key, equals, value = text.partition("=")
+    if not (key.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, as groups=4")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value

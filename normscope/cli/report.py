@@ -7,7 +7,7 @@ import shutil
 import webbrowser
 from pathlib import Path
 
-from normscope.core.store import load
+from normscope.core.reading import load
 from normscope.diagnostics import diagnose
 from normscope.report.table import findings_table
 from normscope.report.write import findings_json, write_report

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from normscope.norms import checks
 from normscope.norms.area import Batch, BatchGroup, Group, Instance, InstanceGroup, Layer, Position
+from normscope.norms.conversion import convert
+from normscope.norms.folding import fold
 from normscope.norms.layer import Norm, Normalization
 from normscope.norms.operation import L1, RMS, Center, Identity, Lp, Scale, Standardize, TopK
 from normscope.norms.part import Traits
 from normscope.norms.population import Current, Running
+from normscope.norms.recalibration import recalibrate
 from normscope.norms.recognize import CERTAINTIES, KINDS, NormParts, declare_norm, find_norms, recognize
 from normscope.norms.recovery import Affine, Bare, Coloring, Conditional
 from normscope.norms.row import Row
@@ -48,8 +51,11 @@ __all__ = [
     "Whiten",
     "build",
     "checks",
+    "convert",
     "declare_norm",
     "find_norms",
+    "fold",
+    "recalibrate",
     "recognize",
     "zoo",
 ]

@@ -254,10 +254,12 @@ class Rescale(Operation):
     Attributes:
         eps: added where the scale divides.
         spread: name of that measure; a population can store it, or "scale".
+        about: the measure needs the deviations from the mean; else the values do.
     """
 
     eps: float = 1e-5
     spread: ClassVar[str] = "deviation"
+    about: ClassVar[bool] = True
     tracked: ClassVar[tuple[str, ...]] = ("mean", "scale")
     centers: ClassVar[bool] = True
     homogeneous: ClassVar[bool] = True
@@ -268,7 +270,7 @@ class Rescale(Operation):
         positive(self.eps, "eps")
 
     def spreads(self, centered: Tensor, average: Average) -> Tensor:
-        """Return the measure of spread `[areas, features]`, from the deviations from the mean."""
+        """Return the measure of spread `[areas, features]`, from the deviations from the mean or the values."""
         raise NotImplementedError
 
     def scale(self, spread: Tensor) -> Tensor:
@@ -278,7 +280,7 @@ class Rescale(Operation):
     def measure(self, z: Tensor, average: Average = LOCAL) -> Stats:
         """Take the mean, the spread and the factor."""
         mean = average.mean(z)
-        spread = self.spreads(z - rows(mean, z), average)
+        spread = self.spreads(z - rows(mean, z) if self.about else z, average)
         return {"mean": mean, self.spread: spread, "scale": self.scale(spread)}
 
     def coefficients(self, stats: Stats) -> tuple[Tensor | None, Tensor | None] | None:

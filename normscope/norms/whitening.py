@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from normscope.norms.average import by_hand
 from normscope.norms.part import Stats
 from normscope.norms.whiten import Whiten
 
@@ -18,12 +18,7 @@ _CACHED = 2**19
 
 def suits(z: Tensor, operation: object) -> bool:
     """Tell whether `whiten` may stand in for an operation: plain whitening, seen by reverse-mode autograd alone."""
-    if type(operation) is not Whiten or operation.moment:
-        return False
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
-    return unpack(z).tangent is None
+    return type(operation) is Whiten and not operation.moment and by_hand(z)
 
 
 def whiten(

@@ -12,24 +12,25 @@ from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+import normscope  # what judges is resolved when asked for: it loads pandas and scipy, training should not
 from normscope.core.errors import ArgumentError, unknown_name
-from normscope.core.finding import Finding
-from normscope.core.record import Record
-from normscope.core.store import Store, check_run, load
-from normscope.diagnostics import diagnose
+from normscope.core.store import Store, check_run
 from normscope.norms.recognize import find_norms
 from normscope.probes import parameters
 from normscope.probes.hooks import Hooks
 from normscope.probes.problem import Problem
-from normscope.report import write_report
 from normscope.scope.session import PROBES, Session
+
+if TYPE_CHECKING:
+    from normscope.core.finding import Finding
+    from normscope.core.record import Record
 
 Layers = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
@@ -62,12 +63,12 @@ class Scope:
         if not self._closed:
             self._session.flush()
         elif self._path is not None:
-            return load(self._path)
+            return normscope.load(self._path)
         return self._session.store.record()
 
     def findings(self) -> list[Finding]:
         """Judge what has been recorded so far: findings, worst first."""
-        return diagnose(self.record())
+        return normscope.diagnose(self.record())
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write report.html with its Markdown and JSON twins beside it.
@@ -84,8 +85,8 @@ class Scope:
         if path is None and self._path is None:
             raise ArgumentError("path=None: a run kept in memory has no folder; pass a path, as 'report.html'.")
         record = self.record()
-        return write_report(
-            record, diagnose(record), path if path is not None else Path(str(self._path), "report.html")
+        return normscope.write_report(
+            record, normscope.diagnose(record), path if path is not None else Path(str(self._path), "report.html")
         )
 
     def close(self) -> None:

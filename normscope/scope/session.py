@@ -30,8 +30,8 @@ MAX_CHANNELS = 4096  # wider layers keep scalars only
 _FLUSH_STEPS = 256  # contexts of steps that wait for a sampled step at most
 _GIVE_UP_ROWS = 500_000  # rows that wait for a full disk before they are dropped
 _UNHEARD = (
-    "no activation: no watched module ran as a module with gradient. A compiled model runs no hook added after compiling: "
-    "attach before torch.compile, or train the model uncompiled for some steps."
+    "no activation: no watched module ran as a module with gradient. A compiled model runs no hook that was added "
+    "after compiling: attach before torch.compile, or train the model uncompiled for some steps."
 )
 
 

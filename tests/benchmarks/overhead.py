@@ -1,9 +1,10 @@
-"""What attaching costs: ratios of interleaved steps in one process. `python -m tests.benchmarks.overhead [--steps N]`."""
+"""What attaching costs, as ratios of interleaved steps: `python -m tests.benchmarks.overhead [--steps N]`."""
 
 import argparse
 import gc
 import statistics
 import time
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ def transformer():
 
 def mlp():
     sizes = [784, 768, 512, 256]
-    layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU())]
+    layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(256, 10)), (torch.randn(256, 784), torch.randint(0, 10, (256,)))
 
 
@@ -133,10 +134,8 @@ def main():
     for setting, (settings, limits) in SETTINGS.items():
         for name in arguments.models:
             found = ratio(MODELS[name], settings, arguments.steps)
-            print(
-                f"{setting:32s} {name:12s} {found:.3f}  {limits[name]:.2f}  {'ok' if found <= limits[name] else 'OVER'}",
-                flush=True,
-            )
+            verdict = "ok" if found <= limits[name] else "OVER"
+            print(f"{setting:32s} {name:12s} {found:.3f}  {limits[name]:.2f}  {verdict}", flush=True)
 
 
 if __name__ == "__main__":

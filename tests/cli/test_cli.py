@@ -23,7 +23,9 @@ def test_every_command_has_help(name, capsys):
     assert f"normscope {name}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["demo", "--model", "rnn"], ["demo", "--steps", "0"], ["report"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["demo", "--model", "rnn"], ["demo", "--steps", "0"], ["report"]]
+)
 def test_wrong_usage_exits_2(arguments, capsys):
     assert main(arguments) == 2
     assert "normscope" in "".join(capsys.readouterr())

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import normscope as ns
-from normscope.core.store import Store, load
+from normscope.core.reading import load
+from normscope.core.store import Store
 from tests.core.test_store import write
 
 KILLS = 20

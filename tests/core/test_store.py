@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from normscope.core.errors import ArgumentError, StoreError
-from normscope.core.store import FILE_NAME, Store, check_run, load, run_exists
+from normscope.core.reading import load
+from normscope.core.store import FILE_NAME, Store, check_run, run_exists
 
 SITES = ("body.conv/output", "body.norm/output", "body.norm/running")
 

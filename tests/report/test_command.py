@@ -9,7 +9,7 @@ import pytest
 
 from normscope.cli import main
 from normscope.cli import report as command
-from normscope.core.store import load
+from normscope.core.reading import load
 from normscope.diagnostics import diagnose
 from tests.report.records import Run
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from normscope.norms.affine import scale_shift
 from normscope.norms.area import Batch, BatchGroup, Group, Instance, Layer, Position
-from normscope.norms.average import rows
+from normscope.norms.average import LOCAL
 from normscope.norms.families.regions import LearnedRegionNorm, RegionNorm
 from normscope.norms.families.sequences import RecurrentBatchNorm, SequenceBatchNorm
 from normscope.norms.families.windows import DivisiveNorm, LocalContextNorm, LocalContrastNorm, LocalResponseNorm
@@ -141,10 +142,9 @@ class ThumbnailInstanceNorm(Normalization):
     def forward(self, x: Tensor, thumbnail: Tensor | None = None) -> Tensor:
         """Normalize patches `(N, C, *)` by thumbnails `(1 or N, C, *)`, by themselves without."""
         t = Instance().split(x if thumbnail is None else thumbnail.to(x.dtype))
-        var, mean = torch.var_mean(t, 2)
-        z = Instance().split(x)
-        y = ((z - rows(mean, z)) * rows((var + self.eps).rsqrt(), z)).reshape(x.shape)
-        return Affine(self.affine, self.affine).apply(self, y, x, 1, None)
+        mean, var = LOCAL.moments(t)
+        scale = (var * (t.shape[2] / max(t.shape[2] - 1, 1)) + self.eps).rsqrt()
+        return Affine(self.affine, self.affine).apply(self, scale_shift(x, scale, -mean * scale), x, 1, None)
 
 
 def _recurrent(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
 from normscope.norms.area import Batch
-from normscope.norms.average import rows
+from normscope.norms.average import LOCAL, rows
 from normscope.norms.layer import Norm, Normalization, in_float
 from normscope.norms.part import Traits, positive
 from normscope.norms.population import Running, keep, track, valid_momentum
@@ -77,7 +77,8 @@ class ChannelEquilibrium(Normalization):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(N, C, *)` with at least one spatial dimension."""
         z = self.area.split(x)
-        variance = x.flatten(2).var(2)
+        _, variance = LOCAL.moments(x.flatten(2))
+        variance = variance * (x[0, 0].numel() / max(x[0, 0].numel() - 1, 1))
         if self.training:
             matrix = self._matrix(x)
             scale = self.average.mean(variance.mT.unsqueeze(0)).mean().clamp_min(self.eps**2).sqrt().reshape(1)

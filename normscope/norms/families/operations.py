@@ -245,6 +245,7 @@ class Range(Rescale):
     """
 
     chunks: int = 16
+    about: ClassVar[bool] = False
 
     def spreads(self, centered: Tensor, average: Average) -> Tensor:
         """Return c times the mean range of the chunks."""
@@ -278,6 +279,7 @@ class PowerRange(Rescale):
 
     power: float = 0.2
     spread: ClassVar[str] = "range"
+    about: ClassVar[bool] = False
     homogeneous: ClassVar[bool] = False
 
     def spreads(self, centered: Tensor, average: Average) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
+from normscope.norms.affine import scale_shift
 from normscope.norms.area import Batch
-from normscope.norms.average import rows
 from normscope.norms.layer import Normalization, in_float
 from normscope.norms.part import Traits, positive, require
 from normscope.norms.population import keep, track, valid_momentum
@@ -64,8 +64,8 @@ class RecurrentBatchNorm(Normalization):
             self._track(place, z, mean, var)
         else:
             mean, var = self.running_mean[place].unsqueeze(0), self.running_var[place].unsqueeze(0)
-        y = Batch().merge((z - rows(mean, z)) * rows((var + self.eps).rsqrt(), z), x)
-        return Affine(self.affine, self.affine).apply(self, y, x, 1, None)
+        scale = (var + self.eps).rsqrt()
+        return Affine(self.affine, self.affine).apply(self, scale_shift(x, scale, -mean * scale), x, 1, None)
 
     @torch.no_grad()
     def _track(self, place: int, z: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -176,6 +176,8 @@ class SequenceBatchNorm(Normalization):
         Returns:
             `(N, T, C)`.
         """
+        if lengths is None and self.per == "sequence":
+            return self._whole(x)
         steps = torch.arange(x.shape[1], device=x.device)
         valid = torch.ones_like(x[..., 0]) if lengths is None else (steps < lengths[:, None]).to(x)
         if self.training:
@@ -184,6 +186,20 @@ class SequenceBatchNorm(Normalization):
             mean, var = self.running_mean, self.running_var
         y = (x - mean) * (var + self.eps).rsqrt()
         return Affine(self.affine, self.affine).apply(self, y, x, -1, None) * valid.unsqueeze(-1)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """Normalize sequences without padding."""
+        flat = x.flatten(0, 1)
+        mean, var = self.running_mean.unsqueeze(0), self.running_var.unsqueeze(0)
+        if self.training:
+            z = Batch().split(flat)
+            enough(len(flat), x)
+            mean, var = self.average.moments(z)
+            count = self.average.count(z)
+            track(self, self.momentum, mean=mean, var=var * (count / (count - 1)))
+        scale = (var + self.eps).rsqrt()
+        y = scale_shift(flat, scale, -mean * scale)
+        return Affine(self.affine, self.affine).apply(self, y, flat, 1, None).reshape(x.shape)
 
     def _measure(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance, `(C,)` or `(T, C)`, and store their averages over time."""

@@ -1,0 +1,130 @@
+"""Reading: a finished, running or killed run from its SQLite file."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from normscope.core.errors import StoreError
+from normscope.core.record import Block, Channels, Record
+from normscope.core.store import (
+    APPLICATION_ID,
+    EVENT_COLUMNS,
+    FILE_NAME,
+    GROUP_COLUMNS,
+    SCHEMA_VERSION,
+    STEP_COLUMNS,
+    checksum,
+)
+
+
+def load(path: str | Path) -> Record:
+    """Read a finished, running or killed run.
+
+    Args:
+        path: folder of the run, or its `record.sqlite`.
+
+    Returns:
+        The record of every step that was committed.
+
+    Raises:
+        StoreError: if there is no run, if its schema version is unknown, or if the file is damaged.
+    """
+    file = Path(path)
+    file = file / FILE_NAME if file.is_dir() else file
+    if not file.is_file():
+        raise StoreError(f"path={str(path)!r} holds no run: {file} does not exist. Runs are folders with {FILE_NAME}.")
+    try:
+        connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        try:
+            _check(connection, file)
+            connection.execute("BEGIN")
+            return read(connection)
+        finally:
+            connection.close()
+    except (sqlite3.Error, ValueError, TypeError, LookupError, OverflowError) as error:  # whatever damage brings about
+        raise StoreError(f"{file} is damaged or not a normscope record: {error}. Restore it from a copy.") from error
+
+
+def _check(connection: sqlite3.Connection, file: Path) -> None:
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    if application != APPLICATION_ID:
+        raise StoreError(f"{file} is a database, but not a normscope record.")
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
+        raise StoreError(
+            f"{file} has schema version {version}; this normscope reads {SCHEMA_VERSION}. "
+            "Read it with the version of normscope that wrote it."
+        )
+    damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if damage != "ok":
+        raise StoreError(f"{file} is damaged: {damage}. Restore it from a copy.")
+
+
+def read(connection: sqlite3.Connection) -> Record:
+    """Return what was committed to an open database."""
+    runs = [json.loads(provenance) for _, provenance in _rows(connection, "runs", "rowid")]
+    if not runs:
+        raise StoreError("the file holds no run: it is damaged. Restore it from a copy.")
+    known = [{"run": run, "site": site, **json.loads(text)} for run, site, text in _rows(connection, "sites", "rowid")]
+    return Record(
+        runs=tuple(runs),
+        sites=pd.DataFrame(known) if known else pd.DataFrame(columns=["run", "site", "module", "call", "slot"]),
+        context=_context(connection),
+        events=_table(connection, "events", EVENT_COLUMNS),
+        blocks=_blocks(connection),
+        channels=_channels(connection),
+    )
+
+
+def _table(connection: sqlite3.Connection, name: str, columns: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame(list(_rows(connection, name, "step")), columns=list(columns))
+
+
+def _context(connection: sqlite3.Connection) -> pd.DataFrame:
+    steps = _table(connection, "steps", STEP_COLUMNS)
+    for name in ("sampled", "skipped"):
+        steps[name] = steps[name].astype(bool)
+    for name in ("batch_size", "loss", "loss_scale", "grad_norm"):
+        steps[name] = steps[name].astype(float)
+    groups = _table(connection, "groups", GROUP_COLUMNS)
+    return steps.merge(groups, how="left", on=["run", "step"])
+
+
+def _blocks(connection: sqlite3.Connection) -> tuple[Block, ...]:
+    series = {number: row for number, *row in _rows(connection, "series", "id")}
+    blocks = []
+    for number, group in groupby(_rows(connection, "scalars", "series, step"), key=itemgetter(0)):
+        run, site, phase, role, stats = series[number]
+        rows, names = list(group), tuple(json.loads(stats))
+        values = np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(-1, len(names))
+        blocks.append(Block(run, site, phase, role, names, np.array([row[1] for row in rows], np.int64), values))
+    return tuple(blocks)
+
+
+def _channels(connection: sqlite3.Connection) -> tuple[Channels, ...]:
+    parts: dict[tuple[str, str, str, str, str], list[tuple[int, np.ndarray]]] = {}
+    for *key, step, data in _rows(connection, "arrays", "step"):
+        parts.setdefault(tuple(key), []).append((step, np.frombuffer(data, "<f4")))
+    return tuple(
+        Channels(*key, np.array([step for step, _ in rows], np.int64), tuple(array for _, array in rows))
+        for key, rows in parts.items()
+    )
+
+
+def _rows(connection: sqlite3.Connection, table: str, order: str) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a table without their checksums, which are verified."""
+    for *row, expected in connection.execute(f"SELECT * FROM {table} ORDER BY {order}"):
+        if checksum(row) != expected:
+            raise StoreError(
+                f"a row of {table!r} does not match its checksum: the file is damaged. Restore it from a copy."
+            )
+        yield tuple(row)
