@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from io import TextIOWrapper
 
 from normscope.core.errors import NormscopeError
 
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when done, 1 on failure, 2 on wrong usage.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no "…" gets "?"
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="normscope",
@@ -70,6 +74,9 @@ def _run(command: object, parsed: argparse.Namespace) -> int:
         return 1
     except BrokenPipeError:
         sys.stderr.close()
+        return 1
+    except OSError as error:
+        print(f"normscope {parsed.command}: {error}", file=sys.stderr)
         return 1
 
 

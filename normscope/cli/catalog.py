@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(works, indent=1))
         return 0
-    width = min(shutil.get_terminal_size().columns, 120)
+    width = max(40, min(shutil.get_terminal_size().columns, 120))
     for (chapter, section), group in groupby(works, key=lambda work: (work["chapter"], work["section"])):
         print(f"\n{chapter}: {section}")
         for work in group:

@@ -7,10 +7,14 @@ import shutil
 import webbrowser
 from pathlib import Path
 
+from normscope.core.errors import StoreError
 from normscope.core.reading import load
+from normscope.core.store import FILE_NAME
 from normscope.diagnostics import diagnose
 from normscope.report.table import findings_table
-from normscope.report.write import findings_json, write_report
+from normscope.report.write import findings_json, write_report, write_texts
+
+_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,17 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path", metavar="RUN", type=Path, help="folder of the run, or its record.sqlite; it may still be running"
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="the page (default: report.html in the run's folder)")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON and write nothing")
-    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--json", action="store_true", help="print the findings as JSON, or write them to --out; no page")
+    one.add_argument("--open", action="store_true", help="open the page in the browser")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the page and print the findings and the paths; with --json print the findings alone."""
-    record = load(arguments.path)
+    """Write the page and print the findings and the paths; with --json the findings alone."""
+    record = load(_one_run(arguments.path))
     findings = diagnose(record)
     if arguments.json:
-        print(findings_json(findings), end="")
-        return 0
+        return _json(findings_json(findings), arguments.out)
     folder = arguments.path if arguments.path.is_dir() else arguments.path.parent
     page = write_report(record, findings, arguments.out or folder / "report.html")
     print(findings_table(findings, shutil.get_terminal_size().columns))
@@ -37,3 +41,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.open:
         webbrowser.open(page.resolve().as_uri())
     return 0
+
+
+def _json(text: str, out: Path | None) -> int:
+    if out is None:
+        print(text, end="")
+    else:
+        write_texts({out: text})
+        print(f"json  {out}")
+    return 0
+
+
+def _one_run(path: Path) -> Path:
+    """Return the path of one run; a folder of runs is an error that lists them, the newest first."""
+    files = sorted(path.glob(f"*/{FILE_NAME}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    if not files or (path / FILE_NAME).exists():
+        return path
+    names = [str(file.parent) for file in files]
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    raise StoreError(
+        f"path={str(path)!r} is no run but a folder of {len(names)}; give one of them, newest first: {shown}."
+    )

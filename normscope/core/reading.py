@@ -57,7 +57,9 @@ def load(path: str | Path) -> Record:
 def _check(connection: sqlite3.Connection, file: Path) -> None:
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     if application != APPLICATION_ID:
-        raise StoreError(f"{file} is a database, but not a normscope record.")
+        raise StoreError(
+            f"{file} is a database, but not a normscope record. Of a live or killed run copy {FILE_NAME}-wal as well."
+        )
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version != SCHEMA_VERSION:
         raise StoreError(

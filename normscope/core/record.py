@@ -150,7 +150,7 @@ class Record:
         Raises:
             ArgumentError: if `steps` is not an increasing pair.
         """
-        if steps is not None and (len(steps) != 2 or steps[0] > steps[1]):
+        if steps is not None and (not isinstance(steps, (tuple, list)) or len(steps) != 2 or steps[0] > steps[1]):
             raise ArgumentError(f"steps={steps!r} must be (first, last) with first <= last; for one step pass (n, n).")
 
         def matches(item: Block | Channels) -> bool:
@@ -182,6 +182,7 @@ class Record:
         """
         name = self._run(run)
         self._check_site(site)
+        self._check_stat(stat)
         found = [
             b for b in self.blocks if (b.run, b.site, b.phase, b.role) == (name, site, phase, role) and stat in b.stats
         ]
@@ -269,6 +270,11 @@ class Record:
         if run not in self.names:
             raise unknown_name("run", run, self.names, "A record of several runs needs one named.")
         return str(run)
+
+    def _check_stat(self, stat: str) -> None:
+        known = {name for block in self.blocks for name in block.stats}
+        if known and stat not in known:
+            raise unknown_name("stat", stat, sorted(known))
 
     def _check_site(self, site: str) -> None:
         known = set(self.sites["site"]) if len(self.sites) else set()

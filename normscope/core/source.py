@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 
 from normscope.core.errors import unknown_name
@@ -15,7 +16,7 @@ class Source:
 
     Attributes:
         key: the catalog's id where the work is in the catalog, else a short key as "glorot2010".
-        title: title of the work.
+        title: title of the work, as `readable` writes it.
         year: year of publication.
         url: address of the paper, "" where the catalog has none.
     """
@@ -96,10 +97,26 @@ FURTHER: tuple[Source, ...] = (
 )
 
 
+def readable(title: str) -> str:
+    """Write a title for reading: quotes beside what they quote, no braces from a bibliography's markup.
+
+    Args:
+        title: a title as the catalog has it.
+
+    Returns:
+        The title.
+
+    >>> readable('Rethinking" Batch" in {B}atchNorm')
+    'Rethinking “Batch” in BatchNorm'
+    """
+    quoted = re.sub(r'\s*"\s*([^"]+?)\s*"', r" “\1”", re.sub(r"\{(\w+)\}", r"\1", title))
+    return re.sub(r"”(?=\w)", "” ", quoted).replace("( “", "(“").strip()
+
+
 @functools.cache
 def _bibliography() -> dict[str, Source]:
     """Map every key to its source: the short keys first, then the catalog's ids."""
-    surveyed = {work.id: Source(work.id, work.title, work.year, work.paper) for work in works()}
+    surveyed = {work.id: Source(work.id, readable(work.title), work.year, work.paper) for work in works()}
     short = {source.key: source for source in FURTHER} | {key: surveyed[work] for key, work in ALIASES.items()}
     return dict(sorted(short.items())) | surveyed
 

@@ -78,7 +78,17 @@ class Store:
             self._add("runs", run, json.dumps(created))
             self.commit()
         except sqlite3.Error as error:
+            self._discard()
             raise StoreError(f"run={str(path)!r} cannot be written ({error}); choose another folder.") from error
+        except StoreError:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        """Take away a file that could not be begun, so that the folder can be used again."""
+        if self.path is not None:
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
 
     def site(self, site: str, attributes: Mapping[str, object]) -> None:
         """Add a site, or replace what is known of it."""
@@ -88,9 +98,9 @@ class Store:
         """Add the scalars of one site at one step: their names and their values."""
         key = (site, phase, role, stats)
         if key not in self._series:
-            self._series[key] = len(self._series)
-            row = (self._series[key], self.run, site, phase, role, json.dumps(stats))
-            self._add("series", *row)
+            number = len(self._series)
+            self._add("series", number, self.run, site, phase, role, json.dumps(stats))
+            self._series[key] = number  # last, for an interrupt may come in between
         self._add("scalars", self._series[key], step, _float32(values))
 
     def array(self, step: int, site: str, phase: str, role: str, stat: str, values: np.ndarray) -> None:
@@ -116,6 +126,8 @@ class Store:
             StoreError: if they cannot be written; they go on waiting.
         """
         try:
+            if self._connection.in_transaction:  # an interrupt left it open
+                self._connection.execute("ROLLBACK")
             self._connection.execute("BEGIN IMMEDIATE")
             for table, group in groupby(self._pending, key=itemgetter(0)):
                 rows = [row for _, row in group]
@@ -150,7 +162,7 @@ class Store:
             if self.path is not None:
                 self._connection.execute("PRAGMA busy_timeout = 200")
                 self._connection.execute("PRAGMA journal_mode = DELETE")
-        except sqlite3.OperationalError:
+        except sqlite3.Error:
             pass  # a reader holds the file: the log stays beside it, nothing is lost
         finally:
             self._connection.close()
@@ -167,7 +179,7 @@ def run_exists(path: str | Path) -> bool:
 def _new_file(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file system can hold
         raise StoreError(f"run={str(folder)!r} cannot be created ({error}); choose a folder you may write.") from error
     if run_exists(folder):
         raise StoreError(

@@ -15,6 +15,7 @@ Diagnostic = Callable[[Record], list[Finding]]
 # each takes the record of one run; the id of its findings is "<module>.<function>", with hyphens
 DIAGNOSTICS: tuple[Diagnostic, ...] = (
     run.no_data,
+    run.diverged,
     run.probe_failed,
     run.unmeasured,
     run.skipped_steps,

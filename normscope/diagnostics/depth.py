@@ -9,6 +9,7 @@ import pandas as pd
 from normscope.core.finding import Finding, Verdict
 from normscope.core.record import Record
 from normscope.diagnostics.rule import Rule
+from normscope.diagnostics.words import count, fold
 from normscope.metrics import propagation as metrics
 
 FACTOR = 1e3  # ratio of magnitudes between the ends of the network, or of the run; origin: FACTOR_SOURCE
@@ -19,6 +20,7 @@ FACTOR_SOURCE = (
     "7000"
 )
 _SCAN = 32  # rows looked at to date an onset
+_LEVEL = 1.05  # factor below which messages say that nothing changes
 
 
 def over_depth(
@@ -46,7 +48,7 @@ def over_depth(
         return []
     noun = "gradient" if role == "gradient" else "signal"
     if len(sites) < metrics.MIN_LAYERS:
-        return rule.ok(f"{len(sites)} comparable layers are too few for the {noun} to run away over depth.")
+        return rule.ok(f"With {count(len(sites), 'layer')} of one kind the {noun} cannot run away over depth.")
     tables = {measure: metrics.magnitudes(record, role=role, measure=measure) for measure in measures}
     seen: list[metrics.Depth] = []
     for which, verdict in ((1, None), (0, at_start)):
@@ -59,13 +61,28 @@ def over_depth(
         return []  # exactly zero, which is the matter of propagation.dead-units
     if not seen:
         return rule.undecided(
-            f"No {noun} was recorded at half or more of the {len(sites)} comparable layers.",
+            f"No {noun} was recorded at half or more of the {len(sites)} layers of one kind.",
             "Attach for at least one training step, forward and backward, with finite values.",
         )
     worst = max(seen, key=lambda depth: depth.total * sign)
-    change = math.exp(abs(worst.total))
-    message = f"The {noun} changes {change:.3g}-fold over {worst.rate.n} comparable layers (threshold {FACTOR:g})."
-    return rule.ok(message, {"total": change, "rate_per_layer": math.exp(worst.rate.value), "layers": worst.rate.n})
+    evidence = {"total": math.exp(abs(worst.total)), "rate_per_layer": math.exp(worst.rate.value)}
+    return rule.ok(_level(rule, worst, noun, sign), evidence | {"layers": worst.rate.n})
+
+
+def _level(rule: Rule, depth: metrics.Depth, noun: str, sign: int) -> str:
+    """Say what a magnitude does instead of running away."""
+    exploding = rule.id.endswith("exploding")
+    bad, good = ("grow", "shrink") if exploding else ("shrink", "grow")
+    towards = "Towards the input" if noun == "gradient" else "Towards the output"
+    over, change = f"over {depth.rate.n} layers of one kind", math.exp(abs(depth.total))
+    unsteady = ", but not steadily from layer to layer" if change > FACTOR else ""
+    if change < _LEVEL:
+        return f"{towards} the {noun} does not {bad} {over} (threshold {FACTOR:g}-fold)."
+    if depth.total * sign > 0:
+        return f"{towards} the {noun} {bad}s {fold(change)} {over} (threshold {FACTOR:g}){unsteady}."
+    other = f"{rule.id.rpartition('-')[0]}-{'vanishing' if exploding else 'exploding'}"
+    see = f", see {other}" if _beyond(depth, -sign) else unsteady
+    return f"{towards} the {noun} does not {bad} {over}: it {good}s {fold(change)}{see}."
 
 
 def _beyond(depth: metrics.Depth, sign: int) -> bool:
@@ -91,7 +108,7 @@ def _found(
     noun = what.get(role, "gradient")
     message = (
         f"The {noun} is multiplied by {per_layer:.3g} per layer {'towards the input ' if backward else ''}over "
-        f"{rate.n} layers, {total:.3g}-fold in all (threshold {FACTOR:g})"
+        f"{rate.n} layers of one kind, {total:.3g}-fold in all (threshold {FACTOR:g})"
         f"{' at the start of the run; later it is not' if at_start else ''}."
     )
     ends = (depth.first, depth.last) if backward else (depth.last, depth.first)

@@ -10,7 +10,9 @@ import pandas as pd
 from normscope.core.estimate import Status
 from normscope.core.finding import Finding, Verdict
 from normscope.core.record import Record
+from normscope.diagnostics import propagation, units
 from normscope.diagnostics.rule import Rule
+from normscope.diagnostics.words import count
 from normscope.metrics import mismatch as metrics
 from normscope.metrics import tables
 
@@ -23,6 +25,7 @@ GAP = 0.5  # distance of the outputs in both modes, relative to their norm
 GAP_NOTICEABLE = 0.25
 LOSS_RATIO = 3.0  # loss with running statistics over loss with batch statistics
 LOSS_RATIO_NOTICEABLE = 1.5
+LOSS_RATIO_LARGE = 10.0  # from here on outputs that lie a noticeable distance apart are too far
 STOPPED = 3  # intervals between sampled steps without movement
 SLOW = 0.1  # torch's default momentum; below, an average is slow
 FAST = 0.5  # from here on the newest batch outweighs all others
@@ -51,7 +54,8 @@ TRAIN_EVAL_GAP = Rule(
     source="ioffe2017",
     cause="Running statistics do not describe the batches that the weights were trained with.",
     remedy="Recompute the running statistics on training data before evaluating (reset_running_stats(), momentum = "
-    "None, forward passes in training mode); with batches below 16 use GroupNorm or synchronized statistics.",
+    "None, forward passes in training mode); with batches below 16 use synchronized statistics, or GroupNorm: "
+    'normscope.norms.convert(model, to="group").',
 )
 NEVER_UPDATED = Rule(
     id="mismatch.never-updated",
@@ -119,7 +123,7 @@ def running_statistics(record: Record) -> list[Finding]:
     judged = frame[frame["drift"].notna()]
     if not len(judged):
         return RUNNING_STATISTICS.undecided(
-            f"No drift was recorded at {len(frame)} layers with running statistics.",
+            f"No drift was recorded at {count(len(frame), 'layer')} with running statistics.",
             "Attach with the probe 'normalization', for at least one training step.",
         )
     beyond = judged[judged["excess"] > 1]
@@ -129,12 +133,23 @@ def running_statistics(record: Record) -> list[Finding]:
     evidence = _drift_evidence(top) | {"layers_beyond": len(beyond), "layers": len(judged)}
     said = (
         f"{top.name}: batch and running statistics of the median channel differ by {top['drift']:.3g} nats, sampling "
-        f"explains {top['expected']:.2g} (threshold {top['limit']:.2g}), at {len(beyond)} of {len(judged)} layers more"
+        f"explains {top['expected']:.2g} (threshold {top['limit']:.2g}); they differ by more than sampling explains at "
+        f"{len(beyond)} of {count(len(judged), 'layer')}"
     )
     if not len(beyond):
         return rule.ok(f"{said}.", evidence)
+    stopped = _stopped(record)
+    if beyond.index.isin(stopped).all():
+        return rule.found(
+            Verdict.NOTE,
+            f"{said}. Explained by mismatch.never-updated; mend that first.",
+            sites=beyond.index.tolist(),
+            evidence=evidence,
+            cause="These running statistics do not move.",
+            remedy="Mend mismatch.never-updated, train on and look again.",
+        )
     if not beyond["warm"].any():
-        young = f"after {top['updates']:.0f} updates the average still holds {top['initial']:.0%} of its initial value"
+        young = f"after {count(int(top['updates']), 'update')} the average still holds {top['initial']:.0%} of its initial value"
         return rule.undecided(f"{said}, but {young}.", "Train on and look again.", evidence=evidence)
     series = tables.table(record, "drift.q50", slot="running")[str(top.name)].dropna()
     mixed = not len(alone)
@@ -164,16 +179,18 @@ def train_eval_gap(record: Record) -> list[Finding]:
     gap, (batch, population) = metrics.gap(record), metrics.losses(record)
     if not gap.usable:
         missing = gap.status is Status.NOT_RECORDED
+        compared = "loss with running and with batch statistics"
         return TRAIN_EVAL_GAP.undecided(
-            f"Training and evaluation were not compared at {len(frame)} layers with running statistics: "
-            f"{gap.status.value}.",
-            "Pass problem=ns.Problem(model, loss, batches) to attach."
+            f"Not compared: {compared}." if missing else f"Not compared: {compared}, for outputs are not finite.",
+            "To compare, pass problem=normscope.Problem(model, loss, [(inputs, targets)]) to attach."
             if missing
             else "See propagation.non-finite first.",
         )
     evidence = {"gap": gap.value, "loss_batch": batch, "loss_population": population, "samples": gap.n}
-    bad = _worse(record, GAP, LOSS_RATIO)
-    loss_ratio, apart = (LOSS_RATIO, GAP) if bad else (LOSS_RATIO_NOTICEABLE, GAP_NOTICEABLE)
+    limits = ((GAP, LOSS_RATIO), (GAP_NOTICEABLE, LOSS_RATIO_LARGE), (GAP_NOTICEABLE, LOSS_RATIO_NOTICEABLE))
+    apart, loss_ratio = next((pair for pair in limits if _worse(record, *pair)), limits[-1])
+    bad = loss_ratio != LOSS_RATIO_NOTICEABLE
+    stopped = _stopped(record)
     rule = replace(TRAIN_EVAL_GAP, threshold=loss_ratio)
     said = (
         f"On {gap.n} held samples the loss is {population:.3g} with running and {batch:.3g} with batch statistics "
@@ -181,20 +198,30 @@ def train_eval_gap(record: Record) -> list[Finding]:
     )
     if not _worse(record, GAP_NOTICEABLE, LOSS_RATIO_NOTICEABLE):
         return rule.ok(f"{said}.", evidence)
-    if not frame["warm"].all() and (frame["training"] != 0).all():
+    if not stopped and not frame["warm"].all() and (frame["training"] != 0).all():
+        seen = int(frame["updates"].min())
         return rule.undecided(
-            f"{said}, but running statistics have seen only {frame['updates'].min():.0f} batches.",
+            f"{said}, but running statistics have seen only {seen} {'batch' if seen == 1 else 'batches'}.",
             "Train on and look again.",
             evidence=evidence,
         )
+    if stopped:
+        rule = replace(
+            rule,
+            cause="Running statistics do not move in training, see mismatch.never-updated.",
+            remedy="Mend mismatch.never-updated first; then recompute the running statistics on training data.",
+        )
+    mild = not bad and not stopped
     return rule.found(
         Verdict.FAILURE if bad and gap.value > 1 else Verdict.WARNING if bad else Verdict.NOTE,
         f"{said}.",
         sites=frame.index.tolist(),
         step=int(tables.table(record, "gap", phase="population").index[-1]),
         evidence=evidence,
-        cause=None if bad else "Running statistics trail the weights at a high learning rate; usual in mid-training.",
-        remedy=None if bad else "Nothing, unless this is the model to be used: then recompute the statistics.",
+        cause=None
+        if not mild
+        else "Running statistics trail the weights at a high learning rate; usual in mid-training.",
+        remedy=None if not mild else "Before this model is used, recompute the running statistics on training data.",
     )
 
 
@@ -218,16 +245,16 @@ def never_updated(record: Record) -> list[Finding]:
         return NEVER_UPDATED.undecided("One sampled step does not show movement.", "Train past a second sampled step.")
     still = frame[(frame["value"] == 1) | (frame["value"] * frame["n"] >= STOPPED)]
     if not len(still):
-        return NEVER_UPDATED.ok(f"The running statistics of {len(frame)} layers move.", {"layers": len(frame)})
+        return NEVER_UPDATED.ok(f"Running statistics move at {count(len(frame), 'layer')}.", {"layers": len(frame)})
     site, since = str(still.index[0]), int(still["since"].iloc[0])
     known = layers.loc[still.index].iloc[0]
-    never = bool(still["value"].iloc[0] == 1)
+    never, intervals = bool(still["value"].iloc[0] == 1), round(still["value"].iloc[0] * still["n"].iloc[0])
     verdict = Verdict.FAILURE if known["excess"] > 1 else Verdict.NOTE if known["excess"] <= 1 else Verdict.WARNING
     return NEVER_UPDATED.found(
         verdict,
         f"{site}: running statistics {'never moved' if never else 'stopped moving'} from step {since} on, over "
-        f"{still['value'].iloc[0] * still['n'].iloc[0]:.0f} intervals in training mode (threshold 0 movement); so at "
-        f"{len(still)} of {len(frame)} layers.",
+        f"{count(intervals, 'interval')} in training mode (threshold 0 movement); so at {len(still)} of "
+        f"{count(len(frame), 'layer')}.",
         sites=still.index.tolist(),
         step=since,
         evidence=_drift_evidence(known) | {"intervals": int(still["n"].iloc[0]), "layers_still": len(still)},
@@ -248,7 +275,8 @@ def momentum(record: Record) -> list[Finding]:
     if not len(layers):
         return []
     m = layers["momentum"]
-    behind = (layers["excess"] > 1) | _worse(record, GAP, LOSS_RATIO)
+    stopped = layers.index.isin(_stopped(record))  # no momentum lets these follow
+    behind = ((layers["excess"] > 1) | _worse(record, GAP, LOSS_RATIO)) & ~stopped
     slow = ((m < SLOW) | m.isna()) & behind & (layers["updates"] >= WARM_UPDATES / 2)
     cases = (
         (m == 0, Verdict.FAILURE, "momentum 0 leaves the running statistics at their initial values"),
@@ -263,9 +291,9 @@ def momentum(record: Record) -> list[Finding]:
             said = "a cumulative average" if np.isnan(top["momentum"]) else f"momentum {top['momentum']:g}"
             return MOMENTUM.found(
                 verdict,
-                f"{sites[0]}: {meaning} ({said}, {top['updates']:.0f} updates, weight of the initial value "
+                f"{sites[0]}: {meaning} ({said}, {count(int(top['updates']), 'update')}, weight of the initial value "
                 f"{top['initial']:.2g}, drift {top['drift']:.3g} nats, threshold {top['limit']:.2g}); {len(sites)} of "
-                f"{len(layers)} layers.",
+                f"{count(len(layers), 'layer')}.",
                 sites=sites,
                 evidence=_drift_evidence(top)
                 | {
@@ -274,10 +302,19 @@ def momentum(record: Record) -> list[Finding]:
                     "initial_weight": float(top["initial"]),
                 },
             )
+    if stopped.any():
+        return MOMENTUM.found(
+            Verdict.NOTE,
+            f"Not judged at {stopped.sum()} of {count(len(layers), 'layer')}: explained by mismatch.never-updated; mend "
+            "that first.",
+            sites=layers.index[stopped].tolist(),
+            cause="These running statistics do not move, whatever the momentum.",
+            remedy="Mend mismatch.never-updated, train on and look again.",
+        )
     low, high = m.min(), m.max()
     said = f"{low:g}" if low == high else f"{low:g} to {high:g}"
     return MOMENTUM.ok(
-        f"Momentum {said} suits {len(layers)} layers (threshold {LAST_BATCH}).", {"momentum": float(high)}
+        f"Momentum {said} suits {count(len(layers), 'layer')} (threshold {LAST_BATCH}).", {"momentum": float(high)}
     )
 
 
@@ -299,7 +336,7 @@ def updated_twice(record: Record) -> list[Finding]:
     twice = frame[(frame["recomputed"] > 0) | (frame["silent_steps"] >= 2) | (frame["value"] >= EXTRA)]
     if not len(twice):
         return UPDATED_TWICE.ok(
-            f"{len(frame)} layers are updated once a forward (threshold {EXTRA}).", {"layers": len(frame)}
+            f"Updated once a forward: {count(len(frame), 'layer')} (threshold {EXTRA}).", {"layers": len(frame)}
         )
     top = twice.iloc[0]
     evidence = {name: float(top[name]) for name in ("recomputed", "silent")} | {
@@ -312,7 +349,7 @@ def updated_twice(record: Record) -> list[Finding]:
     return UPDATED_TWICE.found(
         Verdict.WARNING,
         f"{twice.index[0]}: running statistics are updated {said} besides training forwards (threshold {EXTRA} updates "
-        f"a forward); so at {len(twice)} of {len(frame)} layers.",
+        f"a forward); so at {len(twice)} of {count(len(frame), 'layer')}.",
         sites=twice.index.tolist(),
         evidence=evidence,
         cause=None
@@ -337,10 +374,12 @@ def evaluation_mode(record: Record) -> list[Finding]:
         return []
     frozen = known[known["training"] == 0]
     if not len(frozen):
-        return EVALUATION_MODE.ok(f"All {len(known)} layers train in training mode.", {"layers": len(known)})
+        return EVALUATION_MODE.ok(
+            f"In training mode while training: {count(len(known), 'layer')}.", {"layers": len(known)}
+        )
     top = frozen.iloc[0]
     evidence = _drift_evidence(top) | {"layers_in_evaluation_mode": len(frozen), "layers": len(known)}
-    said = f"{top.name}: in evaluation mode while training, as {len(frozen)} of {len(known)} layers"
+    said = f"{top.name}: in evaluation mode while training, as {len(frozen)} of {count(len(known), 'layer')}"
     if np.isnan(top["drift"]):
         return EVALUATION_MODE.undecided(
             f"{said}; no drift was recorded.", "Attach with the probe 'normalization'.", evidence=evidence
@@ -351,7 +390,9 @@ def evaluation_mode(record: Record) -> list[Finding]:
         f"{said}; batches differ from the stored statistics by {top['drift']:.3g} nats (threshold {top['limit']:.2g}).",
         sites=frozen.index.tolist(),
         evidence=evidence,
-        remedy=None if disagree else "Nothing, if this was meant: the stored statistics fit.",
+        remedy=None
+        if disagree
+        else "Call model.train() before training if this was not meant; the stored statistics fit so far.",
     )
 
 
@@ -377,16 +418,27 @@ def tiny_variance(record: Record) -> list[Finding]:
     top = (noticed if len(noticed) else frame).iloc[0]
     floor = TINY if len(beyond) or not len(noticed) else TINY_NOTICEABLE
     said = (
-        f"{top['site']}: {top['value']:.0%} of {top['n']} channels have a running variance below eps (threshold "
+        f"{top['site']}: {top['value']:.0%} of {count(int(top['n']), 'channel')} have a running variance below eps (threshold "
         f"{floor:.0%}), and inference multiplies a channel by up to {top['gain']:.3g} (threshold {GAIN:g})."
     )
     evidence = {"fraction": float(top["value"]), "gain": float(top["gain"]), "layers_beyond": len(beyond)}
     if not len(noticed):
         return TINY_VARIANCE.ok(said, evidence)
-    verdict = Verdict.WARNING if len(beyond) else Verdict.NOTE
+    dead = units.origin(record, propagation.dead_units(record), str(top["site"]))
+    follows = f" This is probably a consequence of {units.DEAD_UNITS} at {dead}." if dead else ""
     return replace(TINY_VARIANCE, threshold=floor).found(
-        verdict, said, sites=noticed["site"].tolist(), evidence=evidence
+        Verdict.WARNING if len(beyond) else Verdict.NOTE,
+        f"{said}{follows}",
+        sites=noticed["site"].tolist(),
+        evidence=evidence,
+        cause=f"The units before it are zero, probably since {dead}." if dead else None,
+        remedy=f"Mend {units.DEAD_UNITS} at {dead} first." if dead else None,
     )
+
+
+def _stopped(record: Record) -> list[str]:
+    """Return the layers that mismatch.never-updated reports as a failure, which explains what else they show."""
+    return [site for found in never_updated(record) if found.verdict is Verdict.FAILURE for site in found.sites]
 
 
 def _layers(record: Record) -> pd.DataFrame:

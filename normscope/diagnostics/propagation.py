@@ -10,14 +10,15 @@ import pandas as pd
 
 from normscope.core.finding import Finding, Verdict
 from normscope.core.record import Record
+from normscope.diagnostics import units
 from normscope.diagnostics.depth import FACTOR, FACTOR_SOURCE, SEVERE_FACTOR, over_depth
 from normscope.diagnostics.rule import Rule
+from normscope.diagnostics.words import count
 from normscope.metrics import propagation as metrics
-from normscope.metrics import tables
+from normscope.metrics import run, tables
 
 # origin of each threshold: the `threshold_source` of the rule that uses it
 DEAD = 0.5  # fraction of channels that never fire
-NEARLY_ALL = 0.95  # fraction from which hardly anything passes a layer
 MIN_VALUES = 250  # values of a channel that must be seen before it is called dead: then it fires below 3 / 250
 SATURATED = 0.5  # fraction of values at the ends of the range, in most hidden activations
 FULLY_SATURATED = 0.9  # the same in one
@@ -102,9 +103,10 @@ OUTLIER_CHANNELS = Rule(
     threshold=OUTLIER,
     threshold_source="sun2024",
     source="sun2024",
-    cause="A few channels carry nearly constant huge values, which attention uses as a bias; usual in trained language "
-    "models.",
-    remedy="Nothing for training. For 8-bit inference keep these channels in higher precision.",
+    cause="A few channels, or single values, are far larger than the rest: large weights lead there, or inputs of "
+    "another scale.",
+    remedy="Check the scale of the inputs and of the weights of these channels; for 8-bit inference keep these channels "
+    "in higher precision.",
 )
 EPS_DOMINATES = Rule(
     id="propagation.eps-dominates",
@@ -135,15 +137,15 @@ def signal_exploding(record: Record) -> list[Finding]:
     if not len(grown):
         return found
     site, ratio = str(grown["site"].iloc[0]), float(grown["value"].iloc[0])
-    rms = tables.table(record, "rms")[site].dropna()
-    large = rms > ratio**0.5 * rms.iloc[:3].median()
+    start, end = float(grown["start"].iloc[0]), float(grown["end"].iloc[0])
+    large = tables.table(record, "rms")[site].dropna() > (start * end) ** 0.5
     return SIGNAL_EXPLODING.found(
         Verdict.FAILURE if ratio > SEVERE_FACTOR else Verdict.WARNING,
         f"The output of {site} has grown {ratio:.3g}-fold since the start of the run (threshold {FACTOR:g}), "
-        f"with {len(grown)} of {len(ratios)} sites beyond it.",
+        f"from an rms of {start:.2g} to {end:.2g}; {len(grown)} of {count(len(ratios), 'site')} beyond it.",
         sites=[str(name) for name in grown["site"]],
         step=tables.onset(large),
-        evidence={"growth": ratio, "sites_beyond": len(grown), "rms_last": float(rms.iloc[-1])},
+        evidence={"growth": ratio, "sites_beyond": len(grown), "rms_first": start, "rms_last": end},
         cause="The run diverges: steps are larger than the loss's curvature allows, or nothing holds the weights.",
         remedy="Lower the learning rate or warm it up, clip gradients; for logits add weight decay or a z-loss.",
     )
@@ -218,13 +220,7 @@ def dead_units(record: Record) -> list[Finding]:
     """
     cut = metrics.cut_off(record)
     if cut:
-        return DEAD_UNITS.found(
-            Verdict.FAILURE,
-            f"No gradient passes {cut[0]}: at every late sampled step it is exactly zero there and in all "
-            f"{len(cut) - 1} sites before.",
-            sites=cut,
-            evidence={"sites_without_gradient": len(cut), "dead_fraction": 1.0},
-        )
+        return units.cut(DEAD_UNITS, record, cut)
     by_value = metrics.dead_fraction(record, MIN_VALUES).assign(role="value")
     by_gradient = metrics.unused_fraction(record).assign(role="gradient")
     frame = pd.concat([f for f in (by_value, by_gradient) if len(f)] or [by_value])
@@ -236,7 +232,7 @@ def dead_units(record: Record) -> list[Finding]:
     unsure = frame[~known & (frame["value"] > DEAD)]
     top = frame.iloc[0]
     if len(dead):
-        return _dead(record, dead)
+        return units.dead(DEAD_UNITS, record, dead)
     if len(unsure):
         return DEAD_UNITS.undecided(
             f"{top['site']}: {top['value']:.0%} of the channels were zero on all {top['n']} values seen; fewer than "
@@ -270,7 +266,7 @@ def saturated_units(record: Record) -> list[Finding]:
             evidence,
         )
     return SATURATED_UNITS.found(
-        Verdict.FAILURE if value > NEARLY_ALL else Verdict.WARNING,
+        Verdict.FAILURE if value > units.NEARLY_ALL else Verdict.WARNING,
         f"{site}: {value:.0%} of the values are within 1 % of the ends of the range (threshold {SATURATED:.0%}); "
         f"{len(beyond)} of {len(frame)} hidden bounded activations are beyond it.",
         sites=beyond["site"].tolist(),
@@ -297,7 +293,7 @@ def non_finite(record: Record) -> list[Finding]:
     if len(lasting):
         begun = int(lasting["streak"].iloc[0]) - 1 if lasting["skipped"].iloc[0] else 0
         first = int(lasting.index[0]) - begun
-        return _broken(first, places[places["step"] == first], record.steps, len(steps))
+        return _broken(record, first, places[places["step"] == first], len(steps))
     overflowed = places[(places["role"] == "value") & places["step"].isin(steps.index)]
     if len(overflowed):
         return _overflowed(overflowed)
@@ -308,12 +304,13 @@ def non_finite(record: Record) -> list[Finding]:
         first = int(others["step"].iloc[0])
         earlier = record.steps[record.steps < first]
         exact = not len(earlier) or int(earlier[-1]) == first - 1
-        return _broken(first, others.iloc[: int(exact)], record.steps, len(others))
+        return _broken(record, first, others.iloc[: int(exact)], len(others))
     if not norms and not len(record.steps):
         return []
     evidence = {"steps": norms, "sampled": len(record.steps)}
     return NON_FINITE.ok(
-        f"All {norms} gradient norms and the values of {len(record.steps)} steps are finite.", evidence
+        f"Finite: {count(norms, 'gradient norm')} and the values of {count(len(record.steps), 'sampled step')}.",
+        evidence,
     )
 
 
@@ -324,8 +321,10 @@ def outlier_channels(record: Record) -> list[Finding]:
         record: record of one run.
 
     Returns:
-        One finding, none where no channels were recorded.
+        One finding, none where no channels were recorded or where the run ends broken, which explains any size.
     """
+    if run.ending(record) is not None:
+        return []
     frame = metrics.outliers(record).dropna(subset="value").sort_values("value", ascending=False, kind="stable")
     if not len(frame):
         return []
@@ -335,11 +334,18 @@ def outlier_channels(record: Record) -> list[Finding]:
     said = f"the largest channel has {top['value']:.3g} times the rms of the median one (threshold {OUTLIER:g})"
     if not len(beyond):
         return OUTLIER_CHANNELS.ok(f"{top['site']}: {said}.", evidence)
+    finite = not len(metrics.nonfinite_sites(record)) and not len(metrics.nonfinite_steps(record))
+    attends = finite and metrics.is_transformer(record)
     return OUTLIER_CHANNELS.found(
         Verdict.NOTE,
-        f"{top['site']}: {said}, the largest value {top['peak']:.3g} times (threshold {PEAK:g}); {len(beyond)} sites.",
+        f"{top['site']}: {said}, the largest value {top['peak']:.3g} times (threshold {PEAK:g}); {count(len(beyond), 'site')}.",
         sites=beyond["site"].tolist(),
         evidence=evidence | {"sites_beyond": len(beyond)},
+        cause="A few channels carry nearly constant huge values, which attention uses as a bias; usual in trained "
+        "language models."
+        if attends
+        else None,
+        remedy="For 8-bit inference keep these channels in higher precision; training can go on." if attends else None,
     )
 
 
@@ -362,41 +368,31 @@ def eps_dominates(record: Record) -> list[Finding]:
         return EPS_DOMINATES.ok(
             f"eps is at most {value:.2g} of a denominator ({site}; threshold {EPS_WEIGHT}).", evidence
         )
+    dead = units.origin(record, dead_units(record), site)
+    follows = f" This is probably a consequence of {units.DEAD_UNITS} at {dead}." if dead else ""
     floor, verdict = (EPS_WEIGHT, Verdict.WARNING) if value > EPS_WEIGHT else (EPS_NOTICEABLE, Verdict.NOTE)
     return replace(EPS_DOMINATES, threshold=floor).found(
         verdict,
-        f"{site}: eps makes up {value:.0%} of variance + eps in the median channel or token (threshold {floor:.0%}).",
+        f"{site}: eps makes up {value:.0%} of variance + eps in the median channel or token (threshold {floor:.0%})."
+        f"{follows}",
         sites=frame.loc[frame["value"] > floor, "site"].tolist(),
         step=tables.onset(weights > floor),
         evidence=evidence,
+        cause=f"The units before it are zero, probably since {dead}." if dead else None,
+        remedy=f"Mend {units.DEAD_UNITS} at {dead} first." if dead else None,
     )
 
 
-def _dead(record: Record, dead: pd.DataFrame) -> list[Finding]:
-    """Conclude that layers have lost more than the threshold of their units."""
-    top = dead.iloc[0]
-    site, value = str(top["site"]), float(top["value"])
-    fraction = tables.table(record, "dead", role=str(top["role"]))
-    what = "output" if top["role"] == "value" else "gradient"
-    return DEAD_UNITS.found(
-        Verdict.FAILURE if value > NEARLY_ALL else Verdict.WARNING,
-        f"{site}: the {what} of {value:.0%} of the channels was exactly zero at every late sampled step "
-        f"(threshold {DEAD:.0%}); {len(dead)} sites are beyond it.",
-        sites=dead["site"].tolist(),
-        step=tables.onset(fraction[site].dropna() > DEAD) if site in fraction else None,
-        evidence={"dead_fraction": value, "sites_beyond": len(dead), "seen": int(top["n"]), "role": str(top["role"])},
-    )
-
-
-def _broken(first: int, places: pd.DataFrame, sampled: np.ndarray, steps: int) -> list[Finding]:
+def _broken(record: Record, first: int, places: pd.DataFrame, steps: int) -> list[Finding]:
     """Conclude that values are not finite from a step on, with the site if that step was sampled."""
     if len(places):
         where = places.iloc[0]
         what = {"value": "output", "gradient": "gradient"}.get(str(where["role"]), "weight gradient")
         return NON_FINITE.found(
             Verdict.FAILURE,
-            f"Step {first}: the {what} of {where['site']} is the first to hold NaN or infinity, in {where['channels']} "
-            f"channels (threshold 0); {where['sites']} sites do.",
+            f"Step {first}: the {what} of {where['site']} is the first to hold NaN or infinity, in "
+            f"{count(int(where['channels']), 'channel')} (threshold 0); at this step {count(int(where['sites']), 'site')} "
+            f"{'does' if where['sites'] == 1 else 'do'}.",
             sites=[str(where["site"])],
             step=first,
             evidence={
@@ -406,12 +402,13 @@ def _broken(first: int, places: pd.DataFrame, sampled: np.ndarray, steps: int) -
                 "role": what,
             },
         )
+    sampled, broke = record.steps, run.ending(record) is not None
     before, after = sampled[sampled < first], sampled[sampled > first]
     ends = [f"step {side[0]}" if len(side) else "none" for side in (before[::-1], after)]
     return NON_FINITE.found(
         Verdict.UNDECIDED,
-        f"The gradient is NaN or infinite at step {first} (threshold 0). Which layer is not known, for the step was "
-        f"not sampled; the sampled steps around it are {ends[0]} and {ends[1]}.",
+        f"{'Training broke' if broke else 'Values are NaN or infinite'} at step {first} (threshold 0); only the layer "
+        f"where it began is unknown, for it was not sampled then: sampled before was {ends[0]}, after it {ends[1]}.",
         step=first,
         evidence={"sampled_before": int(before[-1]) if len(before) else -1, "steps": steps}
         | ({"sampled_after": int(after[0])} if len(after) else {}),
@@ -424,8 +421,8 @@ def _overflowed(places: pd.DataFrame) -> list[Finding]:
     where = places.iloc[0]
     return NON_FINITE.found(
         Verdict.WARNING,
-        f"{where['site']} overflowed in the forward pass of step {where['step']}, which the scaler skipped; so did "
-        f"{len(places)} sampled steps in all (threshold 0).",
+        f"{where['site']} overflowed in the forward pass of step {where['step']}, which the scaler skipped; in all "
+        f"{count(len(places), 'sampled step')} overflowed (threshold 0).",
         sites=[str(where["site"])],
         step=int(where["step"]),
         evidence={"steps": len(places), "channels": int(where["channels"])},
@@ -439,11 +436,11 @@ def _unused(places: pd.DataFrame) -> list[Finding]:
     where = places.iloc[0]
     return NON_FINITE.found(
         Verdict.NOTE,
-        f"{where['site']} holds NaN or infinity in {where['channels']} channels at step {where['step']} while the "
-        "gradient norm is finite (threshold 0).",
+        f"{where['site']} holds NaN or infinity in {count(int(where['channels']), 'channel')} at step {where['step']} while "
+        "the gradient norm is finite.",
         sites=[str(where["site"])],
         step=int(where["step"]),
         evidence={"channels": int(where["channels"]), "steps": len(places)},
         cause="A mask written as -inf, or values that the loss does not use.",
-        remedy="Nothing if it is a mask; else follow where this output goes.",
+        remedy="Follow where this output goes, unless it is a mask.",
     )

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 from normscope.core.finding import Finding, Verdict
 from normscope.core.record import Record
-from normscope.diagnostics.rule import Rule
+from normscope.diagnostics.rule import Evidence, Rule
+from normscope.diagnostics.words import count, fold
+from normscope.metrics import run as metrics
 from normscope.metrics import tables
 
 # origin of each threshold: the `threshold_source` of the rule that uses it
 MIN_SAMPLED = 2  # sampled steps
 MOSTLY_SKIPPED = 0.5  # fraction of the later half of the run
 MIN_STEPS = 10  # steps in that half
+BROKEN = 2  # last steps that are not finite
+GROWN = 10.0  # growth before a break from which it is a slow one; names the cause, not the verdict
+_SHOWN = 3  # messages of events
 
 PROBE_FAILED = Rule(
     id="run.probe-failed",
@@ -21,13 +28,22 @@ PROBE_FAILED = Rule(
     remedy="Attach without it, as probes=('moments', 'parameters'), or leave the layer out with layers=; please report "
     "it.",
 )
+DIVERGED = Rule(
+    id="run.diverged",
+    threshold=BROKEN,
+    threshold_source="identity: a step with an infinite gradient makes weights NaN, and each loss after it",
+    source="wortsman2023",
+    cause="The loss or the gradient is NaN or infinite, and with it the weights.",
+    remedy="Restart from a checkpoint before that step with a learning rate a third of this one and gradients clipped "
+    "by torch.nn.utils.clip_grad_norm_(parameters, 1.0).",
+)
 UNMEASURED = Rule(
     id="run.unmeasured",
     threshold=0.0,
     threshold_source="identity: statistics need real numbers",
     source="huang2020",
     cause="The layer returns integers, complex, sparse or empty tensors.",
-    remedy="Nothing, unless this layer matters: then return its real parts as a tensor of their own.",
+    remedy="To measure such a layer, return its real parts as a tensor of their own.",
 )
 SKIPPED_STEPS = Rule(
     id="run.skipped-steps",
@@ -35,8 +51,8 @@ SKIPPED_STEPS = Rule(
     threshold_source="identity: a scaler at its right scale skips one step in 2000, its growth interval",
     source="micikevicius2018",
     cause="The gradient scaler found infinite gradients and left out the step, halving its scale.",
-    remedy="Nothing while it is rare. If it goes on, values overflow whatever the scale: use bfloat16, or float32 "
-    "where it begins.",
+    remedy="If it goes on, values overflow whatever the scale: use bfloat16, or float32 where it begins. A few at the "
+    "start are how the scaler finds its scale.",
 )
 NO_NORMALIZATION = Rule(
     id="run.no-normalization",
@@ -44,7 +60,8 @@ NO_NORMALIZATION = Rule(
     threshold_source="identity: number of normalization layers",
     source="huang2020",
     cause="The model has no layer that normscope knows as a normalization.",
-    remedy="Nothing if so intended; normscope.norms.convert adds or swaps normalization layers.",
+    remedy="If training is unstable, put a normalization layer after each weighted layer, as torch.nn.GroupNorm in a "
+    "convolutional network or torch.nn.LayerNorm in a transformer.",
 )
 NO_DATA = Rule(
     id="run.no-data",
@@ -73,15 +90,49 @@ def probe_failed(record: Record) -> list[Finding]:
     first = events.iloc[0]
     return PROBE_FAILED.found(
         Verdict.WARNING,
-        f"{len(events)} probes failed (threshold 0) and were switched off; the first: {first['message']}",
+        f"{count(len(events), 'probe')} failed (threshold 0), now switched off; the first: {first['message']}",
         sites=[str(site) for site in dict.fromkeys(events["site"])],
         step=int(first["step"]),
         evidence={"failures": len(events)},
     )
 
 
+def diverged(record: Record) -> list[Finding]:
+    """Judge whether the run ends broken: with gradients or a loss that are NaN or infinite.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        One finding, none where neither loss nor gradient norm was recorded.
+    """
+    seen = metrics.recorded(record)
+    if not len(seen):
+        return []
+    broken = metrics.ending(record)
+    if broken is None:
+        return DIVERGED.ok(f"Loss and gradients are finite at step {seen.index[-1]}, the last that was not skipped.")
+    what = "gradients are" if broken.gradient else "the loss is"
+    if broken.steps < BROKEN:
+        return DIVERGED.undecided(
+            f"{what.capitalize()} NaN or infinite at step {broken.step}, the last one: whether training broke there "
+            f"takes {BROKEN} steps to see.",
+            "Train one more step.",
+        )
+    said = f"Training broke at step {broken.step}: {what} NaN or infinite from there to the end "
+    cause, remedy = _breaking(broken)
+    return DIVERGED.found(
+        Verdict.FAILURE,
+        f"{said}({broken.steps} of {count(broken.recorded, 'step')}).",
+        step=broken.step,
+        evidence=_before(broken),
+        cause=cause,
+        remedy=remedy,
+    )
+
+
 def unmeasured(record: Record) -> list[Finding]:
-    """Judge whether outputs were left out.
+    """Judge whether outputs were left out, or measured in another way than usual.
 
     Args:
         record: record of one run.
@@ -90,16 +141,28 @@ def unmeasured(record: Record) -> list[Finding]:
         One finding, none where the record holds no sites.
     """
     notes = tables.attributes(record)["note"].astype(str)
-    if not len(notes):
-        return []
     left = notes[notes != ""]
-    if not len(left):
-        return UNMEASURED.ok(f"All {len(notes)} sites are measured.", {"sites": len(notes)})
+    events = record.events[record.events["kind"] == "note"] if "kind" in record.events else record.events.iloc[:0]
+    said = [f"{str(message).rstrip('.')}." for message in dict.fromkeys(events.get("message", []))]
+    if not len(notes) and not said:
+        return []
+    if not len(left) and not said:
+        return UNMEASURED.ok(f"Measured: {count(len(notes), 'site')}, which is all.", {"sites": len(notes)})
+    first = (
+        f"{len(left)} of {count(len(notes), 'site')} not measured; {left.index[0]}: {left.iloc[0]}."
+        if len(left)
+        else ""
+    )
+    more = f"There are {len(said) - _SHOWN} more such notes." if len(said) > _SHOWN else ""
+    places = [str(site) for site in (*left.index, *events.get("site", [])) if site]
     return UNMEASURED.found(
         Verdict.NOTE,
-        f"{len(left)} of {len(notes)} sites are not measured (threshold 0); {left.index[0]}: {left.iloc[0]}.",
-        sites=[str(site) for site in left.index],
+        " ".join(part for part in (first, *said[:_SHOWN], more) if part),
+        sites=list(dict.fromkeys(places)),
+        step=int(events["step"].iloc[0]) if said and not len(left) else None,
         evidence={"unmeasured": len(left), "sites": len(notes)},
+        cause=None if len(left) else "The model runs in a way that the record sums up.",
+        remedy=None if len(left) else "Read the statistics of these layers with this in mind.",
     )
 
 
@@ -142,10 +205,8 @@ def no_normalization(record: Record) -> list[Finding]:
         return []
     number = int(stated[0]) if stated else int(layers["norm"].notna().sum())  # type: ignore[call-overload]
     if number:
-        return NO_NORMALIZATION.ok(f"{number} normalization layers.", {"norms": number})
-    return NO_NORMALIZATION.found(
-        Verdict.NOTE, "The model has 0 normalization layers (threshold 0).", evidence={"norms": number}
-    )
+        return NO_NORMALIZATION.ok(f"{count(number, 'normalization layer')}.", {"norms": number})
+    return NO_NORMALIZATION.found(Verdict.NOTE, "The model has no normalization layer.", evidence={"norms": number})
 
 
 def no_data(record: Record) -> list[Finding]:
@@ -167,3 +228,38 @@ def no_data(record: Record) -> list[Finding]:
         "Call attach before the first optimizer step and train past a second sampled step, or pass a smaller every=.",
         evidence=evidence,
     )
+
+
+def _breaking(broken: metrics.Break) -> tuple[str, str | None]:
+    """Name the likely cause of a break, and the remedy where it is not the rule's own."""
+    known = {"loss": broken.loss_growth, "gradient norm": broken.grad_norm_growth}
+    known = {name: growth for name, growth in known.items() if math.isfinite(growth)}
+    if not known:
+        return "It broke within two steps: the learning rate, the initial weights or the data are at fault.", None
+    name, growth = max(known.items(), key=lambda item: item[1])
+    if growth > GROWN:
+        return (
+            f"The {name} grew {fold(growth)} in the steps before (at most {metrics.BEFORE}): the learning rate is too high, or "
+            "gradients are not clipped."
+        ), None
+    seen = " and ".join(f"{name} ({fold(growth)})" for name, growth in known.items())
+    return (
+        f"It came at once; before, {seen} hardly changed for {metrics.BEFORE} steps: one bad batch, an overflow, or a "
+        "division, log or square root of 0.",
+        f"Check the inputs and targets of step {broken.step} for NaN and extreme values, add an eps to divisions, logs "
+        "and square roots, leave out steps whose gradient norm is not finite, and clip gradients with "
+        "torch.nn.utils.clip_grad_norm_(parameters, 1.0).",
+    )
+
+
+def _before(broken: metrics.Break) -> Evidence:
+    """Return the numbers of a break that are known."""
+    measured = {
+        "last_loss": broken.loss,
+        "last_grad_norm": broken.grad_norm,
+        "loss_growth": broken.loss_growth,
+        "grad_norm_growth": broken.grad_norm_growth,
+        "lr": broken.lr,
+    }
+    finite = {name: value for name, value in measured.items() if math.isfinite(value)}
+    return {"step": broken.step, "broken_steps": broken.steps, "steps": broken.recorded} | finite

@@ -20,6 +20,7 @@ FIGURES: tuple[Figure, ...] = (
     mismatch.LAG,
     mismatch.VARIANCES,
     run.LOSS,
+    run.DIVERGENCE,
     run.GRADIENT_NORM,
     run.LEARNING_RATE,
 )

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from normscope.core.figure import Figure
+from normscope.figures.frames import logarithmic
 from normscope.figures.palette import CURVES, REFERENCE, RULE
 
 
@@ -42,16 +43,16 @@ def draw(figure: Figure, frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
             color = CURVES[measured % len(CURVES)]
             (handles[str(name)],) = ax.plot(*points, "o" if dots else "-", color=color, linewidth=1.6, markersize=3)
             measured += 1
-    _dress(ax, figure, handles)
+    _dress(ax, figure, handles, logarithmic(figure, frame))
     return ax
 
 
-def _dress(ax: Axes, figure: Figure, handles: dict[str, Artist]) -> None:
+def _dress(ax: Axes, figure: Figure, handles: dict[str, Artist], log: bool) -> None:
     """Label axes and curves; names are not markup, and one that begins with an underscore is shown like any other."""
     ax.set_title(figure.title, fontsize="medium", loc="left")
     ax.set_xlabel(figure.x_label)
     ax.set_ylabel(figure.y_label)
-    if figure.log_y:
+    if log:
         ax.set_yscale("log", nonpositive="mask")
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)

@@ -7,10 +7,13 @@ from collections.abc import Hashable, Iterable, Sequence
 import numpy as np
 import pandas as pd
 
+from normscope.core.figure import Figure
 from normscope.core.record import Record
 from normscope.metrics import tables
 
 MOST_CURVES = 4
+_OPEN = "loss"  # what is drawn logarithmically only where its range asks for it
+_WIDE = 1e3
 
 
 def tidy(parts: Iterable[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
@@ -95,6 +98,23 @@ def outputs(sites: Iterable[str], known: Iterable[Hashable]) -> list[str]:
     choice = [site for site in map(str, known) if site.rpartition("/")[2].startswith("output")]
     found = [[site] if site in choice else at_slot([site], "output", choice) for site in sites]
     return list(dict.fromkeys(site for options in found for site in options))
+
+
+def logarithmic(figure: Figure, frame: pd.DataFrame) -> bool:
+    """Say whether y is drawn logarithmically: where the figure says so, and for a loss that spans more than 1e3.
+
+    Args:
+        figure: the figure.
+        frame: its prepared frame.
+
+    Returns:
+        True or False; a loss that is negative somewhere stays linear.
+    """
+    if figure.log_y or figure.columns[1] != _OPEN:
+        return figure.log_y
+    values = frame[_OPEN].to_numpy(float)
+    positive = values[np.isfinite(values) & (values > 0)]
+    return len(positive) > 0 and not (values < 0).any() and bool(positive.max() / positive.min() > _WIDE)
 
 
 def by_step(values: pd.DataFrame, sites: Iterable[str], columns: Sequence[str]) -> pd.DataFrame:

@@ -25,6 +25,18 @@ def _norm(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
     return tidy([_by_step(record, "grad_norm", columns), rules(columns, skipped, _SKIPPED)], columns)
 
 
+def _divergence(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
+    """Loss and gradient norm on one axis, and the first step at which either is lost for good."""
+    del sites  # one loss for the whole model
+    columns = DIVERGENCE.columns
+    parts = [_by_step(record, column, columns) for column in ("loss", "grad_norm")]
+    names = ("loss", "gradient norm")
+    shown = [part[part["curve"] == columns[1]].assign(curve=name) for part, name in zip(parts, names, strict=True)]
+    begins = [part.loc[part["curve"] == _NON_FINITE, "step"].min() for part in parts if len(part)]
+    broken = np.array([step for step in begins if step == step])
+    return tidy([*shown, rules(columns, broken.min() if len(broken) else [], _NON_FINITE)], columns)
+
+
 def _rates(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
     """Learning rates by step; groups with the same one share a curve."""
     del sites  # the schedule is the whole run's
@@ -58,6 +70,17 @@ LOSS = Figure(
     columns=("step", "loss", "curve"),
     x_label="step",
     y_label="loss",
+    rules=(_NON_FINITE,),
+)
+DIVERGENCE = Figure(
+    id="run.divergence",
+    title="Loss and gradient norm, up to where they break",
+    explains=("run.diverged",),
+    prepare=_divergence,
+    columns=("step", "loss", "curve"),
+    x_label="step",
+    y_label="loss, L2 norm of the gradient",
+    reading="Where both climb together the steps are too large; where the gradient jumps alone, look at that batch.",
     rules=(_NON_FINITE,),
 )
 GRADIENT_NORM = Figure(

@@ -11,10 +11,11 @@ from scipy import stats as scipy_stats
 
 from normscope.core.estimate import Estimate, Status
 from normscope.core.record import Record
-from normscope.metrics import tables
+from normscope.metrics import run, tables
 
 MIN_LAYERS = 3  # below, a rate per layer has no interval
 _WEIGHTED = re.compile(r"Linear|Conv")
+_TOKENS = re.compile(r"Embedding|Attention|attn", re.IGNORECASE)  # in a class or a path
 _Z95 = 1.96
 _ROWS = 3  # steps for which a unit must be silent, for the positions of one image are much alike
 _UNDERFLOW = 1e-18  # below, a root mean square taken in float32 may be 0 although the values are not
@@ -134,24 +135,53 @@ def growth(record: Record) -> pd.DataFrame:
     """Return by what factor the output of each site has grown since the start of the run.
 
     ratio = rms at the end / max(rms at the start, median rms of the comparable sites at the start), each a median of
-    three
-    steps: a layer that starts at zero is compared with its neighbors.
+    three steps (of fewer in a run of less than six): a layer that starts at zero is compared with its neighbors. Where
+    a run ends broken, or values that are not finite follow, the last finite rms is the end if it is larger.
 
     Args:
         record: record of one run.
 
     Returns:
-        Estimates by site (see `tables.estimates`).
+        Estimates by site (see `tables.estimates`), with columns `start` and `end`, the rms that were divided.
     """
     rms = tables.table(record, "rms")
     finite = rms.where(np.isfinite(rms)).dropna(how="all")
     if len(finite) < 2:
-        return tables.estimates([(str(site), np.nan, np.nan, 0) for site in rms])
-    start, end = finite.iloc[:3].median(), finite.iloc[-3:].median()
+        rows = [(str(site), np.nan, np.nan, 0) for site in rms]
+        return tables.estimates(rows).assign(start=np.nan, end=np.nan)
+    width = min(3, len(finite) // 2)
+    start, end = finite.iloc[:width].median(), finite.iloc[-width:].median()
+    broke = ~np.isfinite(rms.iloc[-1]) | (run.ending(record) is not None)
+    end = end.where(~broke, np.fmax(end, finite.ffill().iloc[-1]))
     sites = [site for site in comparable(record) if site in finite]
     scale = float((start[sites] if sites else start).median())
-    ratio = end / start.fillna(scale).clip(lower=scale)
-    return tables.estimates([(str(s), float(ratio[str(s)]), np.nan, int(finite[s].count())) for s in finite])
+    start = start.fillna(scale).clip(lower=scale)
+    ratio = end / start
+    frame = tables.estimates([(str(s), float(ratio[str(s)]), np.nan, int(finite[s].count())) for s in finite])
+    return frame.assign(start=start.to_numpy(float), end=end.to_numpy(float))
+
+
+def weighted(kind: str) -> bool:
+    """Tell whether a class is that of a linear or convolutional layer.
+
+    >>> weighted("Conv2d"), weighted("ReLU")
+    (True, False)
+    """
+    return bool(_WEIGHTED.search(kind))
+
+
+def is_transformer(record: Record) -> bool:
+    """Tell whether a model looks like a transformer: it normalizes tokens, and has an embedding or attention.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        True if both are there.
+    """
+    known = tables.attributes(record)
+    names = known["class"].astype(str) + " " + known["module"].astype(str)
+    return bool(known["norm"].isin(["layer", "rms"]).any() and names.str.contains(_TOKENS).any())
 
 
 def dead_fraction(record: Record, values: int) -> pd.DataFrame:

@@ -246,6 +246,10 @@ class Instance(Area):
         """Return one area and the channels."""
         return 1, num_features
 
+    def samples(self, x: Tensor, axis: int = 1) -> int:
+        """Return the number of samples of each row."""
+        return x.shape[2:].numel()
+
     def split(self, x: Tensor, axis: int = 1) -> Tensor:
         """Reorder to `[N, C, L]`."""
         return spatial(x)
@@ -276,6 +280,10 @@ class Group(Area):
         divide(num_features, self.groups)
         return 1, self.groups
 
+    def samples(self, x: Tensor, axis: int = 1) -> int:
+        """Return the number of samples of each row."""
+        return x.shape[2:].numel() * (x.shape[1] // self.groups)
+
     def split(self, x: Tensor, axis: int = 1) -> Tensor:
         """Reorder to `[N, groups, C / groups, L]`."""
         n, c = x.shape[:2]
@@ -303,6 +311,10 @@ class InstanceGroup(Area):
     def rows(self, num_features: int) -> tuple[int, int]:
         """Return one area and the channels of a group."""
         return 1, divide(num_features, self.groups)
+
+    def samples(self, x: Tensor, axis: int = 1) -> int:
+        """Return the number of samples of each row."""
+        return x.shape[2:].numel()
 
     def split(self, x: Tensor, axis: int = 1) -> Tensor:
         """Reorder to `[N * groups, C / groups, L]`."""
@@ -356,6 +368,10 @@ class Layer(_Anywhere):
         """Return 1 or -1; with `dims` the last axis, whatever it holds."""
         return -1 if self.dims else super().axis(x, num_features)
 
+    def samples(self, x: Tensor, axis: int = 1) -> int:
+        """Return the number of samples of each row."""
+        return x.shape[1 if axis == 1 and not self.dims else x.ndim - (self.dims or 1) :].numel()
+
     def split(self, x: Tensor, axis: int = 1) -> Tensor:
         """Reorder to `[N, 1, C, L]`, `[N * L, 1, C]` or `[rest, 1, dims]`."""
         if axis == 1 and not self.dims:
@@ -375,6 +391,10 @@ class Layer(_Anywhere):
 @dataclass(frozen=True, repr=False)
 class Position(_Anywhere):
     """The channels of each position of each example: `[N, L, C]`, the positions in the place of features."""
+
+    def samples(self, x: Tensor, axis: int = 1) -> int:
+        """Return the number of samples of each row."""
+        return x.shape[axis]
 
     def split(self, x: Tensor, axis: int = 1) -> Tensor:
         """Reorder to `[N, L, C]`."""

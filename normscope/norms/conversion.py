@@ -231,7 +231,7 @@ def _laid(new: nn.Module, features: tuple[int, ...], channels: str, to: str) -> 
     """Turn a layer to the layout of its input."""
     if len(features) > 1 or not isinstance(new, Normalization):
         return new
-    if type(new) is Norm and hasattr(new.area, "channels"):
+    if type(new) is Norm and "channels" in {field.name for field in dataclasses.fields(new.area)}:
         area = dataclasses.replace(new.area, channels=channels)  # type: ignore[call-arg]  # of areas that have it
         turned = Norm(area, new.operation, new.recovery, new.population, num_features=new.num_features)
         turned.average = new.average

@@ -56,7 +56,8 @@ def _standardizing(area: Area, population: Population, shaped: bool) -> Kernel |
 
 
 def _parameters(host: Any) -> tuple[Tensor | None, Tensor | None]:
-    return getattr(host, "weight", None), getattr(host, "bias", None)
+    own = host._parameters
+    return own.get("weight"), own.get("bias")
 
 
 def _batch_norm(host: Any, x: Tensor, axis: int) -> Tensor:
@@ -96,7 +97,7 @@ def _position_norm(host: Any, x: Tensor, axis: int) -> Tensor:
 
 
 def _rms_norm(host: Any, x: Tensor, axis: int) -> Tensor:
-    weight = getattr(host, "weight", None)
+    weight, _ = _parameters(host)
     if weight is not None and weight.dtype != x.dtype:
         return _rms_norm(host, x.to(weight.dtype), axis).to(x.dtype)
     if type(host.area) is Layer and axis == 1 and x.ndim > 2:

@@ -201,7 +201,7 @@ class Norm(Normalization):
         axis = self.area.axis(x, self.num_features)
         if self.training or not self.population.stateful:
             self._check_samples(x, axis)
-        if self._kernel is not None and self.average is LOCAL and suits(x, getattr(self, "weight", None)):
+        if self._kernel is not None and self.average is LOCAL and suits(x, self._parameters.get("weight")):
             return self._kernel(self, x, axis)
         return self._composed(x, axis, condition)
 

@@ -68,10 +68,6 @@ def _batched(matrix: Tensor, number: int) -> Tensor:
     return matrix.expand(number, *matrix.shape).reshape(-1, *matrix.shape[1:])
 
 
-def _scaled(matrix: Tensor, gain: Tensor | None, channel: int) -> Tensor:
-    return matrix if gain is None else matrix * gain[..., channel, None]
-
-
 def _chunks(x: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield examples and areas to work on together: on a CPU as many as its cache holds."""
     axis = 0 if len(x) > 1 else 1
@@ -82,21 +78,27 @@ def _chunks(x: Tensor) -> Iterator[tuple[slice, slice]]:
         yield (part, slice(None)) if axis == 0 else (slice(None), part)
 
 
-class _Centered:
-    """Parts of x less their mean, `[examples * areas, F, K, L]`, one at a time in the same memory."""
+class _Scratch:
+    """Memory for parts of a tensor, one at a time: `[examples * areas, F, K, L]`."""
 
-    def __init__(self, x: Tensor, mean: Tensor) -> None:
-        self.x, self.mean, self.buffer = x, mean[..., None, None], x.new_empty(0)
+    def __init__(self, x: Tensor) -> None:
+        self.buffer = x.new_empty(0)
 
-    def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
-        part = self.x[place]
+    def like(self, part: Tensor) -> Tensor:
         if self.buffer.numel() < part.numel():
             self.buffer = part.new_empty(part.numel())
-        out = self.buffer[: part.numel()].view(part.shape)
-        return torch.sub(part, self.mean[place[1]], out=out).flatten(0, 1)
+        return self.buffer[: part.numel()].view(part.shape)
+
+    def centered(self, part: Tensor, mean: Tensor) -> Tensor:
+        return torch.sub(part, mean[..., None, None], out=self.like(part)).flatten(0, 1)
+
+    def scaled(self, part: Tensor, gain: Tensor | None) -> Tensor:
+        if gain is None:
+            return part.contiguous().flatten(0, 1)
+        return torch.mul(part, gain.unsqueeze(-1), out=self.like(part)).flatten(0, 1)
 
 
-def _square(rows: Tensor, others: Tensor, number: int) -> Tensor:
+def _products(rows: Tensor, others: Tensor, number: int) -> Tensor:
     """Return the sum over examples of rows others^T: `[areas, F, F]` from `[examples * areas, F, L]`."""
     product = rows @ others.mT
     return product.reshape(number, -1, *product.shape[1:]).sum(0)
@@ -109,15 +111,14 @@ class _Whiten(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gain: Tensor | None, bias: Tensor | None, operation: Whiten
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        size, channels = x.shape[2:4]
-        count = len(x) * channels * x.shape[4]
+        count = len(x) * x.shape[3] * x.shape[4]
         factor = 1 / (count - 1) if operation.unbiased else 1 / count
         mean = x.mean((0, 3, 4))
-        covariance = x.new_zeros(*mean.shape, size)
-        centered = _Centered(x, mean)
+        covariance = x.new_zeros(*mean.shape, x.shape[2])
+        scratch = _Scratch(x)
         for place in _chunks(x):
-            flat = centered[place].flatten(2)
-            covariance[place[1]] += _square(flat, flat, len(x[place]))
+            rows = scratch.centered(x[place], mean[place[1]]).flatten(2)
+            covariance[place[1]] += _products(rows, rows, len(x[place]))
         covariance *= factor
         with torch.enable_grad():
             leaf = covariance.detach().requires_grad_()
@@ -126,13 +127,12 @@ class _Whiten(torch.autograd.Function):
         matrix = root.detach()
         y = x.new_empty(x.shape)
         for place in _chunks(x):
-            seen, out, area = x[place].flatten(0, 1), y[place].flatten(0, 1), place[1]
-            for k in range(channels):
-                scaled = _scaled(matrix[area], None if gain is None else gain[area], k)
-                shift = -(scaled @ mean[area].unsqueeze(-1))
-                shift = shift if bias is None else shift + bias[area][..., k, None]
-                number = len(x[place])
-                torch.baddbmm(_batched(shift, number), _batched(scaled, number), seen[:, :, k], out=out[:, :, k])
+            rows, area = scratch.centered(x[place], mean[place[1]]).flatten(2), place[1]
+            torch.bmm(_batched(matrix[area], len(x[place])), rows, out=y[place].flatten(0, 1).flatten(2))
+            if gain is not None:
+                y[place].mul_(gain[area].unsqueeze(-1))
+            if bias is not None:
+                y[place].add_(bias[area].unsqueeze(-1))
         ctx.save_for_backward(x, gain, bias, mean, matrix)
         ctx.operation, ctx.leaf, ctx.root, ctx.factor, ctx.count = operation, leaf, root, factor, count
         statistics = (mean.clone(), covariance, sigma.detach(), matrix.clone())
@@ -149,24 +149,24 @@ class _Whiten(torch.autograd.Function):
         channels = range(x.shape[3])
         cross = x.new_zeros(len(channels), *matrix.shape)
         total = x.new_zeros(*mean.shape, len(channels))
-        centered = _Centered(x, mean)
+        scratch, second = _Scratch(x), _Scratch(x)
         for place in _chunks(x):
-            rows, slopes = centered[place], grad[place].flatten(0, 1)
+            rows, slopes = scratch.centered(x[place], mean[place[1]]), grad[place].flatten(0, 1)
             total[place[1]] += grad[place].sum((0, 4))
             for k in channels:
-                cross[k, place[1]] += _square(slopes[:, :, k], rows[:, :, k], len(x[place]))
-        grad_root = torch.stack([_scaled(cross[k], gain, k) for k in channels]).sum(0)
+                cross[k, place[1]] += _products(slopes[:, :, k], rows[:, :, k], len(x[place]))
+        wide = 1.0 if gain is None else gain
+        grad_root = cross.sum(0) if gain is None else (cross * gain.movedim(-1, 0).unsqueeze(-1)).sum(0)
         (grad_covariance,) = torch.autograd.grad(ctx.root, ctx.leaf, grad_root, retain_graph=True)
         spread = (grad_covariance + grad_covariance.mT) * ctx.factor
-        scaled = [_scaled(matrix, gain, k).mT for k in channels]
-        shift = torch.stack([scaled[k] @ total[..., k, None] for k in channels]).sum(0) / -ctx.count
+        shift = (matrix.mT @ (total * wide).sum(-1, keepdim=True)).unsqueeze(-1) / -ctx.count
         grad_x = x.new_empty(x.shape)
         for place in _chunks(x):
-            rows, slopes, out = centered[place], grad[place].flatten(0, 1), grad_x[place].flatten(0, 1)
-            number, added = len(x[place]), _batched(shift[place[1]], len(x[place]))
-            for k in channels:
-                torch.baddbmm(added, _batched(scaled[k][place[1]], number), slopes[:, :, k], out=out[:, :, k])
-            out.flatten(2).baddbmm_(_batched(spread[place[1]], number), rows.flatten(2))
+            number, area, out = len(x[place]), place[1], grad_x[place].flatten(0, 1).flatten(2)
+            slopes = second.scaled(grad[place], None if gain is None else gain[area])
+            torch.bmm(_batched(matrix[area].mT, number), slopes.flatten(2), out=out)
+            out.baddbmm_(_batched(spread[area], number), scratch.centered(x[place], mean[area]).flatten(2))
+            grad_x[place].add_(shift[area])
         grad_gain = None if gain is None else (cross * matrix).sum(-1).movedim(0, -1)
         return grad_x, grad_gain, None if bias is None else total, None
 

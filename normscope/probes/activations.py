@@ -122,6 +122,9 @@ class Activations:
         self._norms, self._probes = norms, probes
         self._on_site, self._on_failure = on_site, on_failure
         self._places: dict[tuple[str, int, str], Place] = {}
+        self.owners: dict[str, str] = {}  # of each input site the layer
+        self.notes: list[tuple[str, str]] = []  # what a reader of the record should know, by site
+        self._joined: set[str] = set()
         self._containers: set[str] = set()
         self._passes: list[_Pass] = []
         self._after_backward = True
@@ -132,6 +135,11 @@ class Activations:
     def knows(self, module: str, call: int, slot: str) -> bool:
         """Tell whether a site was seen."""
         return (module, call, slot) in self._places
+
+    @property
+    def blind(self) -> bool:
+        """Whether no module has reported so far."""
+        return not self._places
 
     def begin_pass(self) -> None:
         """Start a new forward pass: call indices count from 0 again."""
@@ -169,6 +177,9 @@ class Activations:
             return
         call = min(current.calls[id(module)], MAX_CALLS - 1)
         current.calls[id(module)] += 1
+        if current.calls[id(module)] > MAX_CALLS and name not in self._joined:
+            self._joined.add(name)
+            self.notes.append((str(Site(name, call)), f"calls of {name!r} beyond {MAX_CALLS} in a pass are joined"))
         if parts is not None and "normalization" in self._probes:
             self._norm(name, call, module, parts, layout.first_tensor(args, kwargs), current)
         source = "" if (name, call, "output") in self._places else _source(layout.first_tensor(args, kwargs), current)
@@ -283,6 +294,7 @@ class Activations:
                 return
             if (name, call, "input") not in self._places:
                 self._places[name, call, "input"] = Place(site, parts.axis, None, "")
+                self.owners[site] = name
                 self._on_site(site, {"module": name, "call": call, "slot": "input", "shape": list(x.shape)})
             current.norms[name].batch = x.shape[0] if x.dim() else 1
             if parts.has_running:

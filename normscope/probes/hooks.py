@@ -7,7 +7,8 @@ layer. A hook returns None, raises nothing, and does nothing in a copy or a pick
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -60,7 +61,9 @@ class _PassHook(_Hook):
     def __init__(self, watcher: Watcher, root: nn.Module) -> None:
         self.watcher, self.root = watcher, root
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         if module is self.root and not _transformed():
             self.watcher.on_pass(args, kwargs, module.training)
 
@@ -69,10 +72,11 @@ class _ForwardHook(_Hook):
     def __init__(self, watcher: Watcher, name: str, module: nn.Module) -> None:
         self.watcher, self.name, self.module = watcher, name, module
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if self.watcher.active and module is self.module and not _transformed():
+            *kwargs, output = rest  # tools that move hooks between modules lose their with_kwargs mark
             with _outside_modes():
-                self.watcher.on_forward(self.name, module, args, kwargs, output)
+                self.watcher.on_forward(self.name, module, args, kwargs[0] if kwargs else {}, output)
 
 
 class _StepHook(_Hook):
@@ -80,8 +84,10 @@ class _StepHook(_Hook):
         self.report = report
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        self.report(optimizer, closure is not None)
+        if not torch.compiler.is_compiling():
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+            with _outside_modes():
+                self.report(optimizer, closure is not None)
 
 
 class _GradientHook:
@@ -98,8 +104,13 @@ class _GradientHook:
 
 
 def _outside_modes() -> AbstractContextManager[object]:
-    """Hide what is measured from a dispatch mode that watches the user's operations, as selective checkpointing."""
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NO_MODES
+    """Hide what is measured from modes that watch the user's operations, as selective checkpointing does."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        stack = ExitStack()
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch._C.DisableTorchFunction())
+        return stack
+    return _NO_MODES
 
 
 def _transformed() -> bool:

@@ -62,7 +62,7 @@ class Normalization:
         found: dict[str, torch.Tensor] = {}
         for name, parts in self._norms.items():
             for part in (parts.gain, parts.bias, _COUNTER if parts.has_running else None):
-                tensor = getattr(self._modules[name], part, None) if part else None
+                tensor = _held(self._modules[name], part) if part else None
                 if isinstance(tensor, torch.Tensor) and tensor.numel() <= MAX_CHANNELS:
                     found[f"{name}/{part}"] = tensor.detach()
         return found
@@ -70,6 +70,7 @@ class Normalization:
     def rows(
         self,
         inputs: Mapping[str, np.ndarray],
+        owners: Mapping[str, str],
         running: Mapping[str, np.ndarray],
         calls: Mapping[str, Calls],
         vectors: Mapping[str, np.ndarray],
@@ -78,6 +79,7 @@ class Normalization:
 
         Args:
             inputs: [3, areas or channels] count, mean, M2 of each input site.
+            owners: name of the layer of each input site.
             running: [2, C] running mean and variance of each layer.
             calls: how the layers were called.
             vectors: `vectors()` on the host.
@@ -87,7 +89,7 @@ class Normalization:
         """
         rows = []
         for site, (count, mean, m2) in inputs.items():
-            name = site.rpartition("/")[0].partition("#")[0]
+            name = owners[site]
             parts, variance = self._norms[name], m2 / count
             stats = {"mean": mean, "var": variance}
             if parts.eps is not None:
@@ -122,6 +124,11 @@ class Normalization:
             "change": math.nan if before is None else change(before, now),
         }
         return channel_row(site, "value", stats, scalars)
+
+
+def _held(module: nn.Module, name: str) -> object:
+    """Return a parameter, buffer or attribute as it lies; a parametrized one would be computed, which may be random."""
+    return module._parameters.get(name, module._buffers.get(name, vars(module).get(name)))
 
 
 def change(before: np.ndarray, now: np.ndarray) -> float:

@@ -24,11 +24,15 @@ def settings(optimizer: torch.optim.Optimizer, among: Sequence[torch.optim.Optim
             "optimizer": label(optimizer, among),
             "group": number,
             "lr": known(group.get("lr")),
-            "momentum": known(group.get("momentum", (group.get("betas") or (None,))[0])),
+            "momentum": known(group.get("momentum", _first(group.get("betas")))),
             "decay": known(group.get("weight_decay")),
         }
         for number, group in enumerate(optimizer.param_groups)
     ]
+
+
+def _first(betas: Any) -> Any:
+    return betas[0] if isinstance(betas, (tuple, list)) and betas else betas
 
 
 def label(optimizer: torch.optim.Optimizer, among: Sequence[torch.optim.Optimizer]) -> str:
@@ -51,5 +55,8 @@ def known(value: Any) -> Any:
     """Return a number for the store: None stays unknown; NaN becomes infinity, both say "not finite"."""
     if value is None or isinstance(value, (str, int)):
         return value
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # a schedule object, an integer beyond any float
+        return None
     return math.inf if math.isnan(number) else number

@@ -43,6 +43,8 @@ class Parameters:
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Copy weights, `COPIED` bytes of them at most; those left out have their turn at the next sampled step."""
         mine = self._mine(optimizer)
+        again = {name for name, _ in mine}  # an optimizer that steps twice in a step is measured at its last
+        self._found = [item for item in self._found if item[0] not in again]
         start = self._turn.get(id(optimizer), 0) % max(len(mine), 1)
         chosen: dict[str, torch.Tensor] = {}
         room = COPIED

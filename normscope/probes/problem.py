@@ -5,15 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from normscope.core.errors import ArgumentError
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
+
+
+HELD = 8  # batches held of a loader or an iterator
 
 
 class Problem:
@@ -22,7 +27,7 @@ class Problem:
     Args:
         model: the model.
         loss: `loss(output, target)`, a scalar tensor.
-        batches: batches `(input, target)`; a one-shot iterator is read into a list once.
+        batches: batches `(input, target)`; of a loader or an iterator the first `HELD` are held.
         forward: `(model, batch) -> (output, target)` for batches of any other form.
 
     Raises:
@@ -48,11 +53,13 @@ class Problem:
             raise ArgumentError(
                 f"batches={batches!r} must be a sequence of batches (input, target), or a loader of them."
             )
+        if isinstance(batches, torch.Tensor) or (isinstance(batches, tuple) and _is_batch(batches)):
+            raise ArgumentError("batches: got a single batch; pass a list of batches, as [(inputs, targets)].")
         if isinstance(batches, (list, tuple)):
             self.batches = batches
         else:
-            with _random_states(model):  # a shuffling loader draws from the generators of the training run
-                self.batches = list(batches)
+            with _random_states(model), _generator_state(batches):  # a shuffling loader draws from generators
+                self.batches = list(islice(batches, HELD))
         if not self.batches:
             raise ArgumentError(f"batches={batches!r} is empty; pass at least one held batch (input, target).")
 
@@ -98,7 +105,25 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module._buffers.update(registered)  # a module may have put new tensors in their place
         with torch.no_grad():
             for buffer, saved in buffers:
-                buffer.copy_(saved)
+                with _unsafe_preserve_version_counter(buffer):  # a backward may still wait for it
+                    buffer.copy_(saved)
+
+
+def _is_batch(batches: tuple[object, ...]) -> bool:
+    return bool(batches) and all(isinstance(item, torch.Tensor) for item in batches)
+
+
+@contextmanager
+def _generator_state(batches: object) -> Iterator[None]:
+    """Restore the generator of a loader and of its sampler, so that its later epochs are those of a run without."""
+    owners = (batches, getattr(batches, "sampler", None))
+    held = [generator for owner in owners if (generator := getattr(owner, "generator", None)) is not None]
+    states = [generator.get_state() for generator in held]
+    try:
+        yield
+    finally:
+        for generator, state in zip(held, states, strict=True):
+            generator.set_state(state)
 
 
 @contextmanager

@@ -95,7 +95,8 @@ class Map:
         sites: names of the rows, in order of execution.
         steps: [n] sampled steps.
         values: [rows, n] float32; NaN where nothing was measured, infinity where a value was NaN or infinite.
-        bands: [3, rows, n] minimum, median and maximum over channels, None where they were not recorded.
+        bands: [3, rows, n] minimum, median and maximum over channels, NaN where the value is not finite; None where
+            they were not recorded.
     """
 
     quantity: str
@@ -157,7 +158,8 @@ def _maps(quantity: Quantity, phase: str, blocks: list[Block], order: dict[tuple
         if not (~np.isnan(values)).any():
             continue
         parts = [_matrix(holding, f"{stat.name}.{suffix}", rows, steps) for suffix in _BANDS]
-        bands = None if np.isnan(parts[1]).all() else np.stack(parts)
+        # where the layer's own value broke, the few channels left would pass for the layer
+        bands = None if np.isnan(parts[1]).all() else np.where(np.isfinite(values), np.stack(parts), np.float32(np.nan))
         yield Map(quantity.name, stat, phase, tuple(order[key] for key in rows), steps, values, bands)
 
 

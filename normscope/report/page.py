@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
@@ -22,7 +23,7 @@ from normscope.report.layers import COLUMNS, layers
 from normscope.report.maps import PHASES, maps, payload
 from normscope.report.pictures import Picture, picture
 from normscope.report.summary import Group, events, groups, passed, provenance, runs
-from normscope.report.text import SYMBOLS, count, counted, number, printable, source, words
+from normscope.report.text import SYMBOLS, breakable, count, counted, number, printable, source, words
 
 # scripts are parts of one: each file may use what those before it define
 SCRIPTS = ("plot.js", "pictures.js", "explorer.js", "table.js")
@@ -44,6 +45,7 @@ def page(record: Record, findings: Sequence[Finding], *, markdown_name: str = "r
     pictures = _pictures(record, told)
     explored = payload(maps(record))
     rows, more = events(record)
+    losses = record.context["loss"] if len(record.context) else pd.Series([0.0])
     facts = {
         "pictures": pictures,
         "sites": explored.sites,
@@ -62,6 +64,7 @@ def page(record: Record, findings: Sequence[Finding], *, markdown_name: str = "r
             passed=passed(findings),
             pictures=pictures,
             context=[key for key in ("loss", "norm", "rate") if key in pictures],
+            no_loss=bool(losses.isna().all()),
             columns=COLUMNS,
             layers=layers(record),
             provenance=[(str(run["run"]), provenance(run)) for run in record.runs],
@@ -106,7 +109,7 @@ def _environment() -> Environment:
         finalize=_visible,
     )
     environment.globals.update(SYMBOLS=SYMBOLS, count=count)
-    environment.filters.update(number=number, source=source, words=words)
+    environment.filters.update(breakable=breakable, number=number, source=source, words=words)
     return environment
 
 

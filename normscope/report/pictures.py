@@ -10,6 +10,7 @@ import pandas as pd
 
 from normscope.core.figure import Figure
 from normscope.core.record import Record
+from normscope.figures.frames import logarithmic
 from normscope.figures.palette import CURVES
 from normscope.report.thin import extremes
 
@@ -43,7 +44,7 @@ def picture(figure: Figure, record: Record, sites: tuple[str, ...]) -> Picture |
         "reading": figure.reading,
         "x": figure.x_label,
         "y": figure.y_label,
-        "log": figure.log_y,
+        "log": logarithmic(figure, frame),
         "mark": figure.mark,
         "curves": curves,
     }

@@ -19,11 +19,14 @@ _COLORS = {
 }
 _HEADER = ("verdict", "id", "site", "step", "message")
 _LEAST_MESSAGE = 44
+_FEW = 16
 _INDENT = " " * 4
 
 
 def findings_table(findings: Sequence[Finding], width: int, color: bool | None = None) -> str:
     """Write findings as a table, worst first, each message wrapped to what is left of the width.
+
+    What is ok takes one line: its message is cut at the end of it.
 
     Args:
         findings: the findings.
@@ -44,8 +47,13 @@ def findings_table(findings: Sequence[Finding], width: int, color: bool | None =
     for finding, row in zip(ordered, cells, strict=True):
         message = printable(finding.message)
         if beside:
-            wrapped = textwrap.wrap(message, width - sum(sizes)) or [""]
-            text = [_joined(row, sizes) + wrapped[0], *(" " * sum(sizes) + line for line in wrapped[1:])]
+            left = width - sum(sizes)
+            text = _filled(
+                _joined(row, sizes), _short(message, left) if finding.verdict is Verdict.OK else message, left
+            )
+        elif finding.verdict is Verdict.OK:
+            begin = f"{row[0].ljust(sizes[0])}{row[1]}  "
+            text = [begin + _short(message, width - len(begin))]
         else:
             place = f"  at {row[2]}" if row[2] else ""
             when = f"  step {row[3]}" if row[3] else ""
@@ -62,6 +70,17 @@ def _cells(finding: Finding) -> tuple[str, str, str, str]:
     site = printable(finding.site) + (f" +{len(finding.sites) - 1}" if len(finding.sites) > 1 else "")
     step = "" if finding.step is None else str(finding.step)
     return f"{SYMBOLS[finding.verdict]} {finding.verdict.value}", printable(finding.id), site, step
+
+
+def _filled(begin: str, message: str, left: int) -> list[str]:
+    """Write a message to the right of where its line begins."""
+    first, *more = textwrap.wrap(message, left) or [""]
+    return [begin + first, *(" " * len(begin) + line for line in more)]
+
+
+def _short(message: str, width: int) -> str:
+    """Cut a message to what fits, nothing where not even a few words do."""
+    return textwrap.shorten(message, width, placeholder=" …") if width >= _FEW else ""
 
 
 def _joined(cells: Sequence[str], sizes: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Sequence
 
 from normscope.core.errors import ArgumentError
@@ -66,6 +67,21 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def breakable(name: str) -> list[str]:
+    """Cut a name after its dots and slashes, where a line may end.
+
+    Args:
+        name: name of a site.
+
+    Returns:
+        The parts; joined they are the name.
+
+    >>> breakable("layer1.bn/output")
+    ['layer1.', 'bn/', 'output']
+    """
+    return re.findall(r"[^./]*[./]|[^./]+", name)
 
 
 def words(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from normscope.core.errors import StoreError
@@ -16,17 +16,16 @@ from normscope.report.page import page
 def write_report(record: Record, findings: Sequence[Finding], path: str | Path) -> Path:
     """Write the page that explains a record, and beside it the same as Markdown and the findings as JSON.
 
+    Fails like `write_texts`.
+
     Args:
         record: what was measured.
         findings: what is concluded from it.
-        path: the page, as "report.html", or a folder for it. The Markdown has the same name with the ending .md; the
-            JSON is findings.json.
+        path: the page, as "report.html", or a folder for it, which may be new in one that exists. The Markdown has
+            the same name with the ending .md; the JSON is findings.json.
 
     Returns:
         The path of the page.
-
-    Raises:
-        StoreError: if the files cannot be written.
     """
     target = Path(path)
     target = target / "report.html" if target.is_dir() or not target.suffix else target
@@ -36,13 +35,30 @@ def write_report(record: Record, findings: Sequence[Finding], path: str | Path) 
         target.with_suffix(".md"): markdown(record, ordered),
         target: page(record, ordered, markdown_name=target.with_suffix(".md").name),
     }
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for file, text in texts.items():
-            file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"path={str(path)!r} cannot be written ({error}); choose a folder you may write.") from error
+    write_texts(texts)
     return target
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Write files of one folder, which is created where only it is missing.
+
+    Args:
+        texts: the text of each file.
+
+    Raises:
+        StoreError: if the folder that the folder lies in does not exist, or if a file cannot be written.
+    """
+    folder = next(iter(texts)).parent
+    if not folder.parent.exists():
+        raise StoreError(f"path={str(folder)!r} lies in no folder: {folder.parent} does not exist; create that first.")
+    for file, text in texts.items():
+        try:
+            folder.mkdir(exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise StoreError(
+                f"path={str(file)!r} cannot be written ({error}); choose a folder you may write."
+            ) from error
 
 
 def findings_json(findings: Sequence[Finding]) -> str:

@@ -98,6 +98,8 @@ class Scope:
             return
         self._closed = True
         atexit.unregister(self.close)
+        if self._session.forked:  # the record and the hooks are the parent's
+            return
         self._hooks.remove()
         self._session.finish(measure)
         if self._path is not None:  # a record in memory stays as long as its scope
@@ -228,24 +230,22 @@ def _checked_optimizers(model: nn.Module, optimizer: object) -> tuple[torch.opti
         raise ArgumentError("optimizer: the same optimizer is there twice; pass each once.")
     held = {id(p) for p in model.parameters()}
     if not held:
-        raise ArgumentError(
-            f"model={type(model).__name__} has no parameters, so nothing trains; see normscope.examine."
-        )
+        raise ArgumentError(f"model={type(model).__name__} has no parameters, so nothing trains.")
     for item in optimizers:
         if not isinstance(item, torch.optim.Optimizer):
             raise ArgumentError(
                 f"optimizer={type(item).__name__} must be a torch.optim.Optimizer or a sequence of them."
+            )
+        if not hasattr(item, "_optimizer_step_pre_hooks"):
+            raise ArgumentError(
+                f"optimizer={type(item).__name__} has no step hooks, as it does not call "
+                "torch.optim.Optimizer.__init__; pass the optimizer that it wraps."
             )
         if not any(id(p) in held for group in item.param_groups for p in group["params"]):
             raise ArgumentError(
                 f"optimizer={type(item).__name__} holds none of the model's {len(held)} parameters: it belongs to "
                 "another model, or the model's parameters were replaced after it was made. Make the optimizer from "
                 "model.parameters()."
-            )
-        if not hasattr(item, "_optimizer_step_pre_hooks"):
-            raise ArgumentError(
-                f"optimizer={type(item).__name__} has no step hooks, as it does not call "
-                "torch.optim.Optimizer.__init__; pass the optimizer that it wraps."
             )
     return optimizers
 
@@ -291,7 +291,7 @@ def _selected(model: nn.Module, layers: Layers | None) -> dict[str, nn.Module]:
             raise ArgumentError(f"layers={want!r} must be a glob over module paths or a subclass of torch.nn.Module.")
         if not found:
             options = sorted({*modules, *(type(module).__name__ for module in modules.values())} - {""})
-            raise unknown_name("layers", want, options, "It matches no module; try a glob as 'layer3.*'.")
+            raise unknown_name("layers", want, options, "It matches no module; a glob is matched against whole paths.")
         roots |= found
     return {name: module for name, module in modules.items() if any(_below(name, root) for root in roots)}
 

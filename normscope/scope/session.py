@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ log = logging.getLogger("normscope")
 
 PROBES = ("moments", "tails", "parameters", "normalization", "population")
 MAX_CHANNELS = 4096  # wider layers keep scalars only
+_PATIENCE = 100  # repeated steps of one optimizer before the others are asked for
 _FLUSH_STEPS = 256  # contexts of steps that wait for a sampled step at most
 _GIVE_UP_ROWS = 500_000  # rows that wait for a full disk before they are dropped
 _UNHEARD = (
@@ -81,6 +83,8 @@ class Session:
         self._telling: set[str] = set()  # of the step in progress
         self._root_runs = False
         self._judged_inside = False
+        self._repeats = 0  # steps of one optimizer while another was waited for
+        self._process = os.getpid()
         self._scale = self._loss_scale()
         self.step = 0
         self.active = False
@@ -91,7 +95,7 @@ class Session:
     def on_pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> None:
         """Begin a forward pass of the model: batch size, and whether the scaler skipped the step before."""
         try:
-            if not torch.is_grad_enabled() or self._suspended:
+            if not torch.is_grad_enabled() or self._suspended or self.forked:
                 return
             self._see_skip()
             self._forwards += 1
@@ -113,6 +117,8 @@ class Session:
 
     def before_step(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
         """Read settings and gradients, copy weights; with a closure gradients are read afterwards."""
+        if self.forked:
+            return
         try:
             self._see_skip()
             if self.active:
@@ -126,6 +132,8 @@ class Session:
 
     def after_step(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
         """Measure updates; when every optimizer has stepped, the step ends."""
+        if self.forked:
+            return
         try:
             if has_closure:
                 self._read_gradients(optimizer)
@@ -136,9 +144,15 @@ class Session:
         self._judged_inside = (
             getattr(optimizer, "found_inf", None) is not None
         )  # a fused optimizer that may have skipped
+        self._see_repeat(optimizer)
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._optimizers):
             self._end_step(skipped=False)
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child process: the record belongs to its parent."""
+        return os.getpid() != self._process
 
     # ---- what the scope asks ---------------------------------------------------------------------------------------
 
@@ -197,6 +211,8 @@ class Session:
             self.flush()
         except Exception as error:  # as a device that was lost: the user's own error matters more
             log.warning("normscope could not write its last steps: %s", error)
+        if self.store.waiting:
+            log.warning("normscope lost %d rows that could not be written.", self.store.waiting)
 
     def fail(self, probe: str, site: str, error: Exception) -> None:
         """Switch a probe off and say so, once."""
@@ -239,6 +255,17 @@ class Session:
         self._parameters.discard()
         self.step += 1
         self._begin_step()
+
+    def _see_repeat(self, optimizer: torch.optim.Optimizer) -> None:
+        """Say once that steps do not end because another optimizer does not step."""
+        self._repeats = self._repeats + 1 if id(optimizer) in self._stepped else 0
+        if self._repeats == _PATIENCE:
+            waited = [optimizers.label(o, self._optimizers) for o in self._optimizers if id(o) not in self._stepped]
+            message = (
+                f"step {self.step} does not end: {', '.join(waited)} has not stepped; attach those that step together"
+            )
+            log.warning("normscope: %s", message)
+            self.store.event(self.step, "note", "", message)
 
     def _see_skip(self) -> None:
         """Close the step before as skipped if the scaler has lowered its scale since: it lowers it only then."""
@@ -294,7 +321,10 @@ class Session:
 
     def _measured_rows(self) -> list[summary.Row]:
         measured, calls, running = self._activations.collect()
-        if not measured and "moments" in self._probes and not self._unheard:
+        for site, message in self._activations.notes:
+            self.store.event(self.step, "note", site, message)
+        self._activations.notes.clear()
+        if self._activations.blind and "moments" in self._probes and not self._unheard:
             self._unheard = True
             self.store.event(self.step, "unmeasured", "", _UNHEARD)
         vectors = self._normalization.vectors() if "normalization" in self._probes else {}
@@ -311,7 +341,7 @@ class Session:
             rows += summary.summarize(probe, sites, [states[i] for i in here], self._row["loss_scale"] or 1.0)
         rows += self._parameters.rows(values, {site: v for site, v in whole.items() if v.ndim})
         inputs = {m.site: state for m, state in zip(measured, states, strict=True) if m.probe in ("batch", "areas")}
-        return rows + self._normalization.rows(inputs, kept, calls, whole)
+        return rows + self._normalization.rows(inputs, self._activations.owners, kept, calls, whole)
 
     def _snapshot(self, step: int) -> list[tuple[str, summary.Row]]:
         if self.problem is None or "population" not in self._probes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -50,7 +51,8 @@ def fit(
         ArgumentError: the batches ran out.
     """
     losses: list[float] = []
-    for step, (inputs, targets) in zip(tqdm(range(steps), disable=not progress), batches, strict=False):
+    bar = tqdm(range(steps), disable=not progress, mininterval=0.1 if sys.stderr.isatty() else 5.0)
+    for step, (inputs, targets) in zip(bar, batches, strict=False):
         optimizer.zero_grad()
         value = loss(model(inputs), targets)
         value.backward()  # type: ignore[no-untyped-call]  # torch leaves it without annotations

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-import normscope as ns
-from normscope.cli import main
-from normscope.norms import zoo
+from normscope.cli import demo, main
+from normscope.norms import find_norms, zoo
+from normscope.scope.attach import attach
 
 
 def test_catalog_norms_is_the_table(capsys):
@@ -56,13 +56,17 @@ def test_catalog_alone_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
-def test_demo_converts_the_model_first(tmp_path, capsys):
+def test_demo_converts_the_model_first(tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        demo, "attach", lambda model, *given, **named: seen.append(model) or attach(model, *given, **named)
+    )
     out = tmp_path / "run"
     arguments = ["--norm", "group", "--norm-option", "groups=4", "--steps", "2", "--out", str(out)]
     assert main(["demo", *arguments]) == 0
     assert "report" in capsys.readouterr().out
-    kinds = {module["norm"]["kind"] for module in ns.load(out).modules if module.get("norm")}
-    assert kinds == {"group"}
+    assert (out / "report.html").exists()
+    assert {(parts.kind, parts.groups) for parts in find_norms(seen[0]).values()} == {("group", 4)}
 
 
 @pytest.mark.parametrize(

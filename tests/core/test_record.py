@@ -110,7 +110,9 @@ def test_series():
     assert series.tolist() == [np.float32(v) for v in (100.1, 110.1, 120.1)]
     assert record().series("b.norm/output", "rms", role="gradient").to_dict() == {10: 7.0}
     assert record().series("b.norm/output", "rms", phase="population").to_dict() == {10: 8.0}
-    assert record().series("a.conv/output", "kurtosis").empty
+    assert record().series("a.conv/output", "rms", role="update").empty
+    with pytest.raises(ArgumentError, match="stat='rsm' is unknown; did you mean 'rms'"):
+        record().series("a.conv/output", "rsm")
     with pytest.raises(ArgumentError, match=r"site='a.conv/outputs' is unknown; did you mean 'a.conv/output'"):
         record().series("a.conv/outputs", "rms")
 

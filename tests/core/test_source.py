@@ -3,7 +3,7 @@ import re
 import pytest
 
 from normscope.core.errors import ArgumentError
-from normscope.core.source import ALIASES, FURTHER, cite
+from normscope.core.source import ALIASES, FURTHER, cite, readable
 from normscope.core.survey import works
 
 # what the address of each work contains, mostly its arXiv number, written down here independently of the tables
@@ -48,7 +48,24 @@ def test_every_short_key_is_checked():
 def test_every_work_of_the_catalog_resolves():
     for work in works():
         source = cite(work.id)
-        assert (source.key, source.title, source.year, source.url) == (work.id, work.title, work.year, work.paper)
+        assert (source.key, source.year, source.url) == (work.id, work.year, work.paper)
+        assert source.title == {
+            "S079": "Rethinking “Batch” in BatchNorm",
+            "S095": "Orthogonal Recurrent Neural Networks with Scaled Cayley Transform",
+        }.get(work.id, work.title)
+
+
+@pytest.mark.parametrize(
+    ("title", "shown"),
+    [
+        ('"Why" and"How "of it', "“Why” and “How” of it"),
+        ('On ("quoted"), words', "On (“quoted”), words"),
+        ('An inch: 1"', 'An inch: 1"'),
+        ("The {N}yström {ReLU}", "The Nyström ReLU"),
+    ],
+)
+def test_titles_are_written_for_reading(title, shown):
+    assert readable(title) == shown
 
 
 def test_no_work_is_listed_twice():

@@ -90,7 +90,8 @@ def test_a_negative_loss_is_compared_by_its_size():
 
 def test_the_gap_needs_a_problem_and_running_statistics():
     found = only(mismatch.train_eval_gap(Network().record()))
-    assert (found.verdict, "problem=ns.Problem(model, loss, batches)" in found.remedy) == (UNDECIDED, True)
+    assert found.verdict is UNDECIDED
+    assert "problem=normscope.Problem(model, loss, [(inputs, targets)])" in found.remedy
     assert mismatch.train_eval_gap(Network(norm="layer").record()) == []
     found = only(mismatch.train_eval_gap(held(Network(), gap=np.nan).record()))
     assert (found.verdict, "problem" in found.remedy) == (UNDECIDED, False)
@@ -219,3 +220,36 @@ def test_a_tiny_eps_magnifies():
 def test_without_running_statistics_there_is_no_mismatch(diagnose):
     assert diagnose(Network(norm="layer").record()) == []
     assert diagnose(Network(norm=None).record()) == []
+
+
+def unmoved(momentum, steps=range(0, 40, 4)):
+    network = Network(momentum=momentum, steps=steps).edit(at("/running", updates=0.0, change=0.0))
+    return network.edit(at("/running", **{"drift.q50": 2.0}))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.01, None])
+def test_statistics_that_never_move_explain_the_rest(momentum):
+    network = held(unmoved(momentum), 0.1, 11.8, 2.0)
+    assert only(mismatch.never_updated(network.record())).verdict is FAILURE
+    drift, slow = (only(d(network.record())) for d in (mismatch.running_statistics, mismatch.momentum))
+    assert drift.verdict is NOTE
+    assert "never-updated" in drift.message
+    assert slow.verdict is (FAILURE if momentum == 0 else NOTE)
+    gap = only(mismatch.train_eval_gap(network.record()))
+    assert (gap.verdict, "never-updated" in gap.cause) == (FAILURE, True)
+
+
+def test_a_loss_that_is_far_worse_weighs_more_than_the_distance_of_outputs():
+    assert only(mismatch.train_eval_gap(held(Network(), 0.1, 11.8, 0.4).record())).verdict is WARNING
+
+
+def test_tiny_variances_behind_dead_units_are_a_consequence():
+    network = Network(layers=4)
+    network.arrays["l1.act/output", "value", "rms"] = lambda step: np.zeros(16)
+    network.edit(at("l1.act/output", dead=1.0))
+    network.arrays["l3.norm/running", "value", "var"] = lambda step: np.zeros(16)
+    found = only(mismatch.tiny_variance(network.record()))
+    assert "consequence of propagation.dead-units at l1.act/output" in found.message
+    network.arrays["l0.norm/running", "value", "var"] = lambda step: np.zeros(16)
+    del network.arrays["l3.norm/running", "value", "var"]
+    assert "consequence" not in only(mismatch.tiny_variance(network.record())).message

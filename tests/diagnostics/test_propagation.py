@@ -289,6 +289,12 @@ def test_after_a_nan_other_diagnostics_judge_what_was_before():
     assert {only(d(record)).verdict for d in DEPTH} == {OK}
 
 
+def test_where_only_the_layer_is_unknown_training_broke_all_the_same():
+    message = only(propagation.non_finite(broken(37, every=10).record())).message
+    assert "Training broke at step 37" in message
+    assert "only the layer" in message
+
+
 # ---- outliers and eps ------------------------------------------------------------------------------------------------
 
 
@@ -312,3 +318,68 @@ def test_eps_dominates(weight, verdict, norm):
 def test_a_branch_that_starts_at_zero_may_have_no_variance_then():
     edit = at("l2.norm/input", steps=[0], **{"eps_weight.q50": 1.0})
     assert only(propagation.eps_dominates(Network().edit(edit).record())).verdict is OK
+
+
+# ---- wording ---------------------------------------------------------------------------------------------------------
+
+
+def test_healthy_depth_is_said_with_its_direction():
+    record = plain().edit(over_depth(12, 0.3, "gradient")).record()
+    message = only(propagation.gradient_vanishing(record)).message
+    assert message == (
+        "Towards the input the gradient does not shrink over 12 layers of one kind: it grows 5.6e5-fold, see "
+        "propagation.gradient-exploding."
+    )
+    level = [only(d(plain().record())).message for d in DEPTH]
+    assert all("does not" in message and "1-fold" not in message for message in level)
+    message = only(propagation.signal_exploding(plain().edit(over_depth(12, 1.1, "value")).record())).message
+    assert message == "Towards the output the signal grows 2.9-fold over 12 layers of one kind (threshold 1000)."
+
+
+@pytest.mark.parametrize("steps", [range(0, 50, 10), range(0, 20, 10)])
+def test_one_finite_late_sample_shows_that_a_layer_explodes(steps):
+    network = plain(steps=steps).edit(at("/output", rms=0.06))
+    network.edit(at("l3.linear/output", steps=[steps[-1]], rms=2.5e9))
+    network.contexts = {s: {"grad_norm": math.inf} for s in range(steps[-1] + 1, steps[-1] + 3)}
+    if len(steps) > 2:
+        for role in ("value", "gradient"):
+            network.steps = [*steps, 50, 60]
+            network.edit(at("/output", role=role, steps=[50, 60], rms=math.nan, nonfinite=16.0))
+    found = only(propagation.signal_exploding(network.record()))
+    assert (found.verdict, found.site) == (FAILURE, "l3.linear/output")
+    assert found.evidence["growth"] == pytest.approx(2.5e9 / 0.06, rel=1e-3)
+
+
+def test_attention_is_named_in_transformers_alone():
+    edit = at("l5.linear/output", **{"rms.max": 500.0})
+    plainly = only(propagation.outlier_channels(Network(norm="layer").edit(edit).record()))
+    assert "attention" not in plainly.cause
+    network = Network(norm="layer").edit(edit)
+    network.extra_sites["wte/output"] = {"class": "Embedding"}
+    assert "attention" in only(propagation.outlier_channels(network.record())).cause
+    network.contexts = {s: {"grad_norm": math.inf} for s in (89, 90)}
+    assert propagation.outlier_channels(network.record()) == []
+
+
+def test_dead_units_are_named_by_the_layer_before_the_relu():
+    found = only(propagation.dead_units(silent(1.0).record()))
+    assert "every unit after l2.norm is zero" in found.message
+    assert "l2.norm.bias" in found.remedy
+    assert "normalization layer" not in found.remedy
+
+
+def test_a_cut_behind_a_normalization_layer_is_named_by_it():
+    network = Network(activation=None).edit(at("l2.norm/output", **{"mean.max": -2.0}))
+    for site in ("l0.linear", "l0.norm", "l1.linear", "l1.norm", "l2.linear", "l2.norm"):
+        network.edit(at(f"{site}/output", role="gradient", rms=0.0))
+    found = only(propagation.dead_units(network.record()))
+    assert "every unit after l2.norm is zero" in found.message
+    assert "l2.norm.bias" in found.remedy
+
+
+def test_eps_behind_dead_units_is_a_consequence():
+    network = silent(1.0).edit(at("l3.norm/input", **{"eps_weight.q50": 1.0}))
+    found = only(propagation.eps_dominates(network.record()))
+    assert "consequence of propagation.dead-units at l2.act/output" in found.message
+    network = silent(1.0).edit(at("l1.norm/input", **{"eps_weight.q50": 1.0}))
+    assert "consequence" not in only(propagation.eps_dominates(network.record())).message

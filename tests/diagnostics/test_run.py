@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from normscope.core.finding import Verdict
@@ -52,3 +54,58 @@ def test_a_model_without_normalization():
 @pytest.mark.parametrize(("steps", "verdict"), [([], UNDECIDED), ([0], UNDECIDED), ([0, 10], OK)])
 def test_a_record_without_enough_in_it(steps, verdict):
     assert only(run.no_data(Network(steps=steps).record())).verdict is verdict
+
+
+def test_a_model_without_normalization_is_said_in_words():
+    assert only(run.no_normalization(Network(norm=None).record())).message == "The model has no normalization layer."
+
+
+def test_notes_of_the_record_are_shown():
+    network = Network()
+    network.events = [(10, "note", "cell/output", "Calls of cell beyond the eighth are joined")]
+    found = only(run.unmeasured(network.record()))
+    assert (found.verdict, found.site, found.step) == (NOTE, "cell/output", 10)
+    assert found.message == "Calls of cell beyond the eighth are joined."
+
+
+def broken(since, before, **last):
+    network = Network()
+    network.contexts = {s: before(s) for s in range(since)}
+    network.contexts |= {s: {"grad_norm": math.inf, "loss": math.inf} | last for s in range(since, 91)}
+    return only(run.diverged(network.record()))
+
+
+def test_a_run_that_diverges_slowly_names_the_learning_rate():
+    found = broken(57, lambda s: {"loss": 1.5**s, "grad_norm": 2.0**s})
+    assert (found.verdict, found.step) == (FAILURE, 57)
+    assert found.message == (
+        "Training broke at step 57: gradients are NaN or infinite from there to the end (34 of 91 steps)."
+    )
+    assert found.evidence["last_loss"] == pytest.approx(1.5**56)
+    assert found.evidence["grad_norm_growth"] == pytest.approx(2.0**10)
+    assert found.evidence["lr"] == pytest.approx(0.1)
+    assert "1e3-fold" in found.cause
+    assert "learning rate" in found.cause
+
+
+def test_a_run_that_breaks_at_once_names_one_batch():
+    found = broken(57, lambda s: {})
+    assert "one bad batch" in found.cause
+    assert "step 57" in found.remedy
+    alone = broken(57, lambda s: {}, grad_norm=None)
+    assert "the loss is NaN" in alone.message
+
+
+def test_only_the_last_stretch_to_the_end_is_a_break():
+    network = Network()
+    network.contexts = {s: {"grad_norm": math.inf} for s in (20, 21, 22)}
+    assert only(run.diverged(network.record())).verdict is OK
+    network.contexts |= {s: {"grad_norm": math.inf} for s in (89, 90)}
+    found = only(run.diverged(network.record()))
+    assert (found.verdict, found.step) == (FAILURE, 89)
+    del network.contexts[89]
+    assert only(run.diverged(network.record())).verdict is UNDECIDED
+    network.contexts = {90: {"grad_norm": None, "skipped": True, "loss_scale": 1.0}}
+    assert "step 89" in only(run.diverged(network.record())).message
+    network.contexts = {s: {"grad_norm": None, "loss": None} for s in range(91)}
+    assert run.diverged(network.record()) == []

@@ -160,7 +160,7 @@ def test_a_function_makes_the_layer():
     model = seeded(Residual())
     convert(model, to=lambda c, groups: nn.GroupNorm(groups, c), groups=4)
     assert type(model.norm1) is nn.GroupNorm
-    assert float(model.norm1.weight.std()) > 0.1
+    assert float(model.norm1.weight.detach().std()) > 0.1
     assert model(images()).shape == (4, 8, 6, 5)
 
 
@@ -172,7 +172,7 @@ def test_channels_on_the_last_axis():
     torch.testing.assert_close(
         model(tokens), ((flat - flat.mean(0)) / (flat.var(0, correction=0) + 1e-5).sqrt()).reshape(3, 7, 6)
     )
-    with pytest.raises(ArgumentError, match="'0'.*last axis.*channels='first'"):
+    with pytest.raises(ArgumentError, match=r"'0'.*last axis.*channels='first'"):
         convert(nn.Sequential(nn.LayerNorm(6)), to="group", groups=2)
     new = convert(nn.Sequential(nn.LayerNorm(6)), to="group", groups=2, channels="first")
     assert new(torch.randn(2, 6)).shape == (2, 6)
@@ -197,7 +197,7 @@ def test_images_to_layer_norm_share_all_of_an_example():
         (lambda: nn.BatchNorm2d(6), {"where": "layer3.*"}, "matches none of the 1 norms"),
         (lambda: nn.Linear(3, 3), {}, "no norm"),
         (lambda: nn.LayerNorm((3, 4)), {"to": "batch"}, "trailing axes"),
-        (lambda: nn.BatchNorm1d(6), {"to": "local-contrast"}, "dimensions"),
+        (lambda: nn.BatchNorm1d(6), {"to": "concept-whitening"}, "dimensions"),
         (lambda: nn.BatchNorm1d(6), {"channels": "middle"}, "channels='middle'"),
         (lambda: nn.LocalResponseNorm(3), {"to": "batch"}, "number of features"),
     ],
@@ -229,10 +229,11 @@ def test_every_method_replaces_batch_norm_or_says_why_not(name):
     try:
         convert(model, to=name, **dict(zoo[name].options))
     except ArgumentError as error:
-        assert "last axis" in str(error) or "dimensions" in str(error), name
+        said = str(error)
+        assert "last axis" in said or "dimensions" in said, name
     else:
-        y = model(images(n=8).float())
-        assert y.shape == (8, 8, 6, 5)
+        y = model(images(n=6).float())
+        assert y.shape == (6, 8, 6, 5)
         assert torch.isfinite(y).all()
 
 
@@ -294,7 +295,7 @@ def test_fold_finds_pairs_by_tracing_and_is_exact_in_float32():
     assert len(find_norms(model)) == 2
     x = images().float()
     expected = model.eval()(x)
-    assert float((folded(x) - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert float((folded(x) - expected).detach().abs().max() / expected.detach().abs().max()) < 1e-5
 
 
 def test_fold_leaves_what_would_change_the_result():

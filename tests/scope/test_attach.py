@@ -50,7 +50,7 @@ REFUSED = {
     "model without parameters": (
         (nn.ReLU(), OPTIMIZER),
         {},
-        "model=ReLU has no parameters, so nothing trains; see normscope.examine",
+        "model=ReLU has no parameters, so nothing trains",
     ),
     "optimizer, parameters": (
         (MODEL, MODEL.parameters()),
@@ -85,7 +85,7 @@ REFUSED = {
     "layers, no match": (
         (MODEL, OPTIMIZER),
         {"layers": "layer3.*"},
-        r"layers='layer3\.\*' is unknown; .*It matches no module; try a glob",
+        r"layers='layer3\.\*' is unknown; .*It matches no module",
     ),
     "layers, nearly": ((MODEL, OPTIMIZER), {"layers": "BatchNorm1"}, "did you mean 'BatchNorm1d'"),
     "layers, one does not match": ((MODEL, OPTIMIZER), {"layers": ["0", "9"]}, "layers='9' is unknown"),

@@ -153,6 +153,12 @@ function coloring(z, map, log, width) {
   };
 }
 
+/** Title below the x axis, clear of its labels. */
+const title = (text) => ({
+  text, xref: "paper", yref: "paper", x: 0.5, y: 0, yshift: -22, yanchor: "top", showarrow: false,
+  font: { size: 12, color: color("soft") },
+});
+
 function mapLayout(map, names, width) {
   const narrow = width < 600;
   const height = Math.min(900, Math.max(120, map.rows.length * ROW)) + 56 + (narrow ? 30 : 0);
@@ -161,15 +167,16 @@ function mapLayout(map, names, width) {
   const labeled = map.rows.map((_, row) => row).filter((row) => row % every === 0);
   return layoutOf({
     height,
-    xaxis: axis("step", { showgrid: false }),
+    // beside a horizontal bar of colors plotly puts the title of this axis on its labels
+    xaxis: axis(narrow ? "" : "step", { showgrid: false }),
+    ...(narrow ? { margin: { l: 8, r: 8, t: 8, b: 40 }, annotations: [title("step")] } : {}),
     yaxis: axis("", {
       type: "category",
       range: [map.rows.length - 0.5, -0.5],
       showgrid: false,
-      showticklabels: !narrow,
       tickvals: labeled,
-      ticktext: labeled.map((row) => escaped(shortened(facts.sites[map.rows[row]], 34))),
-      tickfont: { size: 10.5, color: color("soft"), family: "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace" },
+      ticktext: labeled.map((row) => escaped(narrow ? ending(facts.sites[map.rows[row]], 22) : shortened(facts.sites[map.rows[row]], 34))),
+      tickfont: { size: narrow ? 10 : 10.5, color: color("soft"), family: "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace" },
       fixedrange: coarse.matches,
     }),
     shapes: [

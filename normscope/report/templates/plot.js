@@ -17,6 +17,16 @@ const escaped = (text) =>
 const shortened = (text, most) =>
   text.length <= most ? text : `${text.slice(0, Math.ceil(most / 2) - 1)}…${text.slice(-Math.floor(most / 2))}`;
 
+/** The last parts of a name, as many as fit; of an output without the word. */
+function ending(text, most) {
+  const name = text.replace(/(?<=.)\/output$/, "");
+  if (name.length <= most) return name;
+  const parts = name.split(".");
+  let kept = parts.pop();
+  while (parts.length && kept.length + parts.at(-1).length + 2 <= most) kept = `${parts.pop()}.${kept}`;
+  return kept.length < most ? `…${kept}` : shortened(kept, most);
+}
+
 /** A number with four significant digits. */
 function format(value) {
   if (!Number.isFinite(value)) return Number.isNaN(value) ? "NaN" : "NaN or ∞";

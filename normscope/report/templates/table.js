@@ -29,5 +29,7 @@ if (table) {
   for (const button of table.querySelectorAll("thead button")) {
     button.addEventListener("click", () => sortBy(button.closest("th")));
   }
+  const frame = table.parentElement;
+  new ResizeObserver(() => (byId("sideways").hidden = frame.scrollWidth <= frame.clientWidth)).observe(frame);
   byId("filter").addEventListener("input", (event) => filterBy(event.target.value));
 }
