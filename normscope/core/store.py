@@ -77,7 +77,7 @@ class Store:
             created = {"run": run, "created": time.time(), **provenance}
             self._add("runs", run, json.dumps(created))
             self.commit()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:
             self._discard()
             raise StoreError(f"run={str(path)!r} cannot be written ({error}); choose another folder.") from error
         except StoreError:
@@ -219,5 +219,5 @@ def check_run(run: object) -> None:
     Raises:
         ArgumentError: if it is neither None, a string nor a path, or empty.
     """
-    if run is not None and (not isinstance(run, (str, Path)) or not str(run)):
+    if run is not None and (not isinstance(run, (str, Path)) or not str(run) or "\0" in str(run)):
         raise ArgumentError(f"run={run!r} must be a folder for the record, as 'runs/a', or None to keep it in memory.")

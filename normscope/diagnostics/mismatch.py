@@ -149,7 +149,7 @@ def running_statistics(record: Record) -> list[Finding]:
             remedy="Mend mismatch.never-updated, train on and look again.",
         )
     if not beyond["warm"].any():
-        young = f"after {count(int(top['updates']), 'update')} the average still holds {top['initial']:.0%} of its initial value"
+        young = f"after {count(top['updates'], 'update')} the average still holds {top['initial']:.0%} of its start"
         return rule.undecided(f"{said}, but {young}.", "Train on and look again.", evidence=evidence)
     series = tables.table(record, "drift.q50", slot="running")[str(top.name)].dropna()
     mixed = not len(alone)
@@ -291,7 +291,7 @@ def momentum(record: Record) -> list[Finding]:
             said = "a cumulative average" if np.isnan(top["momentum"]) else f"momentum {top['momentum']:g}"
             return MOMENTUM.found(
                 verdict,
-                f"{sites[0]}: {meaning} ({said}, {count(int(top['updates']), 'update')}, weight of the initial value "
+                f"{sites[0]}: {meaning} ({said}, {count(top['updates'], 'update')}, weight of the initial value "
                 f"{top['initial']:.2g}, drift {top['drift']:.3g} nats, threshold {top['limit']:.2g}); {len(sites)} of "
                 f"{count(len(layers), 'layer')}.",
                 sites=sites,
@@ -305,8 +305,8 @@ def momentum(record: Record) -> list[Finding]:
     if stopped.any():
         return MOMENTUM.found(
             Verdict.NOTE,
-            f"Not judged at {stopped.sum()} of {count(len(layers), 'layer')}: explained by mismatch.never-updated; mend "
-            "that first.",
+            f"Not judged at {stopped.sum()} of {count(len(layers), 'layer')}: explained by mismatch.never-updated; "
+            "mend that first.",
             sites=layers.index[stopped].tolist(),
             cause="These running statistics do not move, whatever the momentum.",
             remedy="Mend mismatch.never-updated, train on and look again.",
@@ -418,8 +418,8 @@ def tiny_variance(record: Record) -> list[Finding]:
     top = (noticed if len(noticed) else frame).iloc[0]
     floor = TINY if len(beyond) or not len(noticed) else TINY_NOTICEABLE
     said = (
-        f"{top['site']}: {top['value']:.0%} of {count(int(top['n']), 'channel')} have a running variance below eps (threshold "
-        f"{floor:.0%}), and inference multiplies a channel by up to {top['gain']:.3g} (threshold {GAIN:g})."
+        f"{top['site']}: {top['value']:.0%} of {count(top['n'], 'channel')} have a running variance below eps "
+        f"(threshold {floor:.0%}), and inference multiplies a channel by up to {top['gain']:.3g} (threshold {GAIN:g})."
     )
     evidence = {"fraction": float(top["value"]), "gain": float(top["gain"]), "layers_beyond": len(beyond)}
     if not len(noticed):

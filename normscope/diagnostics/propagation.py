@@ -105,8 +105,8 @@ OUTLIER_CHANNELS = Rule(
     source="sun2024",
     cause="A few channels, or single values, are far larger than the rest: large weights lead there, or inputs of "
     "another scale.",
-    remedy="Check the scale of the inputs and of the weights of these channels; for 8-bit inference keep these channels "
-    "in higher precision.",
+    remedy="Check the scale of the inputs and of the weights of these channels; for 8-bit inference keep these "
+    "channels in higher precision.",
 )
 EPS_DOMINATES = Rule(
     id="propagation.eps-dominates",
@@ -338,7 +338,8 @@ def outlier_channels(record: Record) -> list[Finding]:
     attends = finite and metrics.is_transformer(record)
     return OUTLIER_CHANNELS.found(
         Verdict.NOTE,
-        f"{top['site']}: {said}, the largest value {top['peak']:.3g} times (threshold {PEAK:g}); {count(len(beyond), 'site')}.",
+        f"{top['site']}: {said}, the largest value {top['peak']:.3g} times (threshold {PEAK:g}); "
+        f"{count(len(beyond), 'site')} beyond it.",
         sites=beyond["site"].tolist(),
         evidence=evidence | {"sites_beyond": len(beyond)},
         cause="A few channels carry nearly constant huge values, which attention uses as a bias; usual in trained "
@@ -391,7 +392,7 @@ def _broken(record: Record, first: int, places: pd.DataFrame, steps: int) -> lis
         return NON_FINITE.found(
             Verdict.FAILURE,
             f"Step {first}: the {what} of {where['site']} is the first to hold NaN or infinity, in "
-            f"{count(int(where['channels']), 'channel')} (threshold 0); at this step {count(int(where['sites']), 'site')} "
+            f"{count(where['channels'], 'channel')} (threshold 0); at this step {count(where['sites'], 'site')} "
             f"{'does' if where['sites'] == 1 else 'do'}.",
             sites=[str(where["site"])],
             step=first,
@@ -436,8 +437,8 @@ def _unused(places: pd.DataFrame) -> list[Finding]:
     where = places.iloc[0]
     return NON_FINITE.found(
         Verdict.NOTE,
-        f"{where['site']} holds NaN or infinity in {count(int(where['channels']), 'channel')} at step {where['step']} while "
-        "the gradient norm is finite.",
+        f"{where['site']} holds NaN or infinity in {count(where['channels'], 'channel')} at step {where['step']} "
+        "while the gradient norm is finite.",
         sites=[str(where["site"])],
         step=int(where["step"]),
         evidence={"channels": int(where["channels"]), "steps": len(places)},

@@ -239,8 +239,8 @@ def _breaking(broken: metrics.Break) -> tuple[str, str | None]:
     name, growth = max(known.items(), key=lambda item: item[1])
     if growth > GROWN:
         return (
-            f"The {name} grew {fold(growth)} in the steps before (at most {metrics.BEFORE}): the learning rate is too high, or "
-            "gradients are not clipped."
+            f"The {name} grew {fold(growth)} in the steps before (at most {metrics.BEFORE}): the learning rate is "
+            "too high, or gradients are not clipped."
         ), None
     seen = " and ".join(f"{name} ({fold(growth)})" for name, growth in known.items())
     return (

@@ -25,12 +25,17 @@ def cut(rule: Rule, record: Record, sites: list[str]) -> list[Finding]:
         sites: those without gradient, nearest to the loss first.
 
     Returns:
-        One failure.
+        One failure, at the layer before the first dead ReLU where there is one: all after it see a constant.
     """
+    first = _first_dead(record, sites)
+    if first:
+        sites = [first, *(site for site in sites if site != first)]
     site, module = sites[0], tables.module_of(sites[0])
     before = f"at {count(len(sites) - 1, 'site')} before" if len(sites) > 1 else "nowhere else"
     passing = f"no gradient passes it: at every late sampled step it is exactly zero there and {before}"
-    certain = _negative(record, site)
+    if first:
+        passing = f"at every late sampled step the gradient is exactly zero at {count(len(sites), 'site')}"
+    certain = True if first else _negative(record, site)
     message = f"{site}: {passing}."
     if certain is not None:
         surely = "" if certain else "most likely "
@@ -101,6 +106,14 @@ def origin(record: Record, found: list[Finding], site: str) -> str:
     return max(earlier, key=lambda s: float(order[s]), default="")
 
 
+def _first_dead(record: Record, sites: list[str]) -> str:
+    """Return the site that feeds the first ReLU that is all zero, of those at or right behind some sites; else ""."""
+    known, fractions = tables.attributes(record), tables.table(record, "dead")
+    relus = known.index[(known["activation"] == "relu") & known["predecessor"].isin(sites)]
+    whole = [site for site in relus if site in fractions and tables.late(fractions[site]).min() > _ALL]
+    return _ahead(record, whole[0]) if whole else ""
+
+
 def _ahead(record: Record, relu: str) -> str:
     """Return the site that feeds a ReLU, "" where it is unknown, as behind a sum written as an expression."""
     return str(tables.attributes(record)["predecessor"].get(relu, ""))
@@ -109,7 +122,7 @@ def _ahead(record: Record, relu: str) -> str:
 def _negative(record: Record, site: str) -> bool | None:
     """Tell whether a ReLU after a site is known to be all zero (True), may be so (False), or is not (None)."""
     known = tables.attributes(record)
-    affine = pd.notna(known.loc[site, "norm"]) or metrics.weighted(str(known.loc[site, "class"]))
+    affine = known["norm"].notna()[site] or metrics.weighted(str(known.loc[site, "class"]))
     followers = known.index[(known["predecessor"] == site) & (known["activation"] == "relu")]
     if not affine or (not len(followers) and (known["predecessor"] == site).any()):
         return None
@@ -127,7 +140,7 @@ def _remedy(record: Record, ahead: str) -> str | None:
     if not known["norm"].notna().any():
         return None
     steps = "Lower the learning rate or warm it up, or use LeakyReLU or GELU"
-    if ahead not in known.index or pd.isna(known.loc[ahead, "norm"]):
+    if ahead not in known.index or known["norm"].isna()[ahead]:
         return f"{steps}; re-initialize the layer before the ReLU if most of it is gone."
     module = tables.module_of(ahead)
     return f"Re-initialize {module}.bias (0) and {module}.weight (1). {steps}, so that it does not come back."

@@ -32,9 +32,12 @@ def _divergence(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
     parts = [_by_step(record, column, columns) for column in ("loss", "grad_norm")]
     names = ("loss", "gradient norm")
     shown = [part[part["curve"] == columns[1]].assign(curve=name) for part, name in zip(parts, names, strict=True)]
-    begins = [part.loc[part["curve"] == _NON_FINITE, "step"].min() for part in parts if len(part)]
-    broken = np.array([step for step in begins if step == step])
-    return tidy([*shown, rules(columns, broken.min() if len(broken) else [], _NON_FINITE)], columns)
+    lost = [
+        part.loc[part["curve"] == _NON_FINITE, "step"].max()
+        for part, values in zip(parts, shown, strict=True)
+        if len(values) and np.isnan(values[columns[1]].iloc[-1])
+    ]
+    return tidy([*shown, rules(columns, min(lost) if lost else [], _NON_FINITE)], columns)
 
 
 def _rates(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:

@@ -164,6 +164,12 @@ def growth(record: Record) -> pd.DataFrame:
 def weighted(kind: str) -> bool:
     """Tell whether a class is that of a linear or convolutional layer.
 
+    Args:
+        kind: name of a class.
+
+    Returns:
+        True if it is.
+
     >>> weighted("Conv2d"), weighted("ReLU")
     (True, False)
     """

@@ -62,7 +62,7 @@ def ending(record: Record) -> Break | None:
         The stretch; None where the last recorded step is finite.
     """
     frame = recorded(record)
-    infinite = np.isinf(frame[["loss", "grad_norm"]])
+    infinite = frame[["loss", "grad_norm"]].abs() == np.inf
     start = tables.onset(infinite.any(axis=1))
     if start is None:
         return None

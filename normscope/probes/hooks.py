@@ -65,7 +65,8 @@ class _PassHook(_Hook):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
         if module is self.root and not _transformed():
-            self.watcher.on_pass(args, kwargs, module.training)
+            with _outside_modes():
+                self.watcher.on_pass(args, kwargs, module.training)
 
 
 class _ForwardHook(_Hook):

@@ -383,3 +383,16 @@ def test_eps_behind_dead_units_is_a_consequence():
     assert "consequence of propagation.dead-units at l2.act/output" in found.message
     network = silent(1.0).edit(at("l1.norm/input", **{"eps_weight.q50": 1.0}))
     assert "consequence" not in only(propagation.eps_dominates(network.record())).message
+
+
+def test_a_cut_is_named_by_the_first_dead_relu():
+    network = Network()
+    for i in range(4):
+        for part in ("linear", "norm", "act") if i < 3 else ("linear", "norm"):
+            network.edit(at(f"l{i}.{part}/output", role="gradient", rms=0.0))
+    network.edit(at("l1.act/output", dead=1.0)).edit(at("l3.act/output", dead=1.0))
+    network.edit(at("l3.norm/input", **{"eps_weight.q50": 1.0}))
+    found = only(propagation.dead_units(network.record()))
+    assert (found.verdict, found.site, len(found.sites)) == (FAILURE, "l1.norm/output", 11)
+    assert "every unit after l1.norm is zero" in found.message
+    assert "at l1.norm/output" in only(propagation.eps_dominates(network.record())).message

@@ -11,6 +11,8 @@ import pytest
 
 from normscope.core.store import Store
 from normscope.figures import FIGURES, figure_for
+from normscope.figures.draw import draw
+from normscope.figures.frames import logarithmic
 from normscope.figures.palette import CURVES, REFERENCE, RULE
 from normscope.metrics import propagation
 from tests.report.records import Run, findings_of
@@ -33,6 +35,7 @@ ILLUSTRATED = [
     "mismatch.evaluation-mode",
     "mismatch.tiny-variance",
     "run.skipped-steps",
+    "run.diverged",
 ]
 
 
@@ -227,6 +230,48 @@ def test_skipped_steps_are_marked_and_lasting_nan_once(record):
     begins = frame[frame["c"] == "NaN or infinity from here"]["x"].tolist()
     assert len(begins) == 1
     assert not np.isfinite(steps["grad_norm"].loc[begins[0] :]).any()
+
+
+def losing(losses, norms):
+    store = Store(None, "a", {})
+    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+        row = {"step": step, "sampled": True, "batch_size": 8, "loss_scale": 1.0, "skipped": False}
+        store.step({**row, "loss": loss, "grad_norm": norm})
+    store.commit()
+    return store.record()
+
+
+def test_divergence_marks_where_loss_or_gradient_is_lost_for_good():
+    inf = math.inf
+    frame = prepared(losing([1, inf, 3, 4, inf, inf], [5, 6, inf, inf, inf, inf]), "run.diverged")
+    assert frame["c"].unique().tolist() == ["loss", "gradient norm", "NaN or infinity from here"]
+    assert frame[frame["c"] == "NaN or infinity from here"]["x"].tolist() == [2]
+    assert frame[frame["c"] == "loss"]["y"].tolist() == pytest.approx([1, math.nan, 3, 4, *[math.nan] * 2], nan_ok=True)
+    recovered = prepared(losing([1, inf, 3], [1, 2, 3]), "run.diverged")
+    assert recovered["c"].unique().tolist() == ["loss", "gradient norm"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "log"),
+    [
+        ([1.8, 5e22, math.inf], True),
+        ([2, 0.002], False),
+        ([2, 0.0019], True),
+        ([1e4, 1, -1], False),
+        ([0, 0, 1], False),
+    ],
+)
+def test_a_loss_is_logarithmic_where_its_range_asks_for_it(losses, log):
+    figure = next(figure for figure in FIGURES if figure.id == "run.loss")
+    frame = figure.prepare(losing(losses, losses), ())
+    assert logarithmic(figure, frame) is log
+    assert draw(figure, frame).get_yscale() == ("log" if log else "linear")
+
+
+def test_a_fraction_is_never_logarithmic():
+    figure = figure_for("propagation.dead-units")
+    frame = pd.DataFrame({"step": [0, 1], "dead": [1e-6, 1.0], "site": ["a", "a"]})
+    assert logarithmic(figure, frame) is False
 
 
 def test_groups_of_one_learning_rate_share_a_curve(record):

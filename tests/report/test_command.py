@@ -57,6 +57,33 @@ def test_json_goes_to_standard_output_and_nothing_is_written(folder, capsys):
     assert not list(folder.glob("*.html"))
 
 
+def test_json_goes_to_a_file_where_one_is_named(folder, tmp_path, capsys):
+    file = tmp_path / "new" / "found.json"
+    assert main(["report", str(folder), "--json", "--out", str(file)]) == 0
+    assert capsys.readouterr().out == f"json  {file}\n"
+    assert len(json.loads(file.read_text(encoding="utf-8"))) == len(diagnose(load(folder)))
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_json_opens_no_page(folder, capsys):
+    assert main(["report", str(folder), "--json", "--open"]) == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_folders_are_not_nested_on_the_way_to_a_page(folder, tmp_path, capsys, more):
+    assert main(["report", str(folder), "--out", str(tmp_path / "no" / "such" / "page.html"), *more]) == 1
+    assert f"{tmp_path / 'no'} does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_folder_of_runs_lists_them(folder, capsys):
+    assert main(["report", str(folder.parent)]) == 1
+    error = capsys.readouterr().err
+    assert "a folder of 1; give one of them" in error
+    assert str(folder) in error
+
+
 def test_the_page_goes_where_it_is_told(folder, tmp_path, capsys):
     assert main(["report", str(folder), "--out", str(tmp_path / "x" / "page.html")]) == 0
     assert (tmp_path / "x" / "page.html").exists()

@@ -46,6 +46,18 @@ def test_what_was_nan_is_told_from_what_was_not_measured():
     assert np.isnan(kurtosis.values[0]).tolist() == [False, True, False]  # of a constant there is no kurtosis
 
 
+def test_there_is_no_band_where_the_value_itself_broke():
+    store = Store(None, "a", {})
+    store.site("m/output", {})
+    stats = ("rms", "rms.min", "rms.q50", "rms.max")
+    store.scalars(0, "m/output", "train", "value", stats, np.array([2.0, 1.0, 2.0, 3.0]))
+    store.scalars(1, "m/output", "train", "value", stats, np.array([np.nan, 1.0, 1e13, 1e14]))
+    store.commit()
+    [rms] = maps(store.record())
+    assert rms.bands[:, 0, 0].tolist() == [1, 2, 3]
+    assert np.isnan(rms.bands[:, 0, 1]).all()
+
+
 def test_blocks_of_one_site_with_other_statistics_are_joined():
     store = Store(None, "a", {})
     store.site("m/output", {})

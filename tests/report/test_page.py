@@ -27,11 +27,13 @@ class Parsed(HTMLParser):
     def __init__(self, html):
         super().__init__(convert_charrefs=True)
         self.elements, self.shown, self.inert, self._within = [], [], [], []
+        self._joins = False
         self.feed(html)
         self.text = " ".join(" ".join(self.shown).split())
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
+        self._joins = tag == "wbr"
         if tag in ("script", "style"):
             self._within.append((tag, dict(attrs)))
             self.inert.append((tag, dict(attrs), []))
@@ -43,6 +45,8 @@ class Parsed(HTMLParser):
     def handle_data(self, data):
         if self._within:
             self.inert[-1][2].append(data)
+        elif self._joins:
+            self.shown[-1] += data
         else:
             self.shown.append(data)
 
@@ -174,6 +178,24 @@ def test_several_runs_share_a_page(record):
 def test_a_record_of_nothing_has_a_page():
     text = Parsed(page(Store(None, "empty", {}).record(), [])).text
     assert "No findings: nothing was judged." in text
+
+
+def test_names_may_break_after_dots_and_slashes(html):
+    assert "<code>layer1.<wbr>1.<wbr>bn1/<wbr>output</code>" in html
+
+
+def test_a_run_without_a_loss_says_how_to_record_it(record):
+    store = Store(None, "a", {})
+    store.step({
+        "step": 0,
+        "sampled": True,
+        "skipped": False,
+        **dict.fromkeys(("batch_size", "loss_scale", "loss", "grad_norm")),
+    })
+    store.commit()
+    said = "No loss was recorded: call scope.step(loss=loss)"
+    assert said in Parsed(page(store.record(), [])).text
+    assert said not in Parsed(page(record, [])).text
 
 
 def test_a_long_run_stays_small_and_is_written_fast(tmp_path):

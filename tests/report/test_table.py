@@ -27,7 +27,22 @@ def test_it_keeps_to_the_width_and_says_everything(findings, width):
         assert max(map(len, lines)) <= width
         assert lines[0].split() == ["verdict", "id", "site", "step", "message"]
     else:
-        assert all(" ".join(finding.message.split()) in flat for finding in findings)
+        told = [finding for finding in findings if finding.verdict is not Verdict.OK]
+        assert all(" ".join(finding.message.split()) in flat for finding in told)
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 200])
+def test_what_is_ok_takes_one_line(width):
+    message = "Looked at and found to be well " * 12
+    text = findings_table([Finding("a.b", Verdict.OK, message), Finding("c.d", Verdict.NOTE, message)], width)
+    lines = text.splitlines()
+    good = [line for line in lines if line.startswith("✓")]
+    assert good == lines[-3:-2]
+    assert good[0].split()[:3] == ["✓", "ok", "a.b"]
+    assert len(good[0]) <= width
+    assert good[0].endswith("…") or width == 30
+    short = findings_table([Finding("a.b", Verdict.OK, "All is well.")], 80).splitlines()
+    assert any(line.endswith("All is well.") for line in short)
 
 
 def test_the_worst_come_first(findings):

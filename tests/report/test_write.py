@@ -46,5 +46,11 @@ def test_numpy_numbers_and_nan_are_written_as_json(record, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(record, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"path='.*file/report.html' cannot be written .*; choose a folder"):
+    with pytest.raises(StoreError, match=r"path='.*file/findings.json' cannot be written .*; choose a folder"):
         write_report(record, [], tmp_path / "file" / "report.html")
+
+
+def test_only_the_last_folder_is_created(record, tmp_path):
+    with pytest.raises(StoreError, match=r"no/such' lies in no folder: .*no does not exist; create that first"):
+        write_report(record, [], tmp_path / "no" / "such" / "page.html")
+    assert list(tmp_path.iterdir()) == []

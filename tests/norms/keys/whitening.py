@@ -3,7 +3,7 @@
 from normscope.norms import Affine, Batch, BatchGroup, Norm, Running, Standardize, Whiten
 from normscope.norms.families.deconvolution import Deconv2d, DeconvLinear
 from normscope.norms.table import build
-from tests.norms.keys.key import Key
+from tests.norms.keys.key import Key, Once
 
 _MATRIX = {"running_wm": "running_matrix", "running_projection": "running_matrix"}
 
@@ -49,6 +49,11 @@ KEYS = (
         "sbw_cd",
         lambda: build("batch-whitening-variants", 8, group_size=4),
         stacked=_parts("CDWhitening_Groups"),
+    ),
+    Key(
+        "sbw_pca",
+        lambda: build("batch-whitening-variants", 8, method="pca", group_size=4),
+        different="the signs of rows are arbitrary; reproduced up to them in tests/norms/test_whitening.py",
     ),
     Key(
         "wc_cholesky",
@@ -114,4 +119,16 @@ KEYS = (
     ),
 )
 
-ONCE = ()
+ONCE = (
+    Once(
+        "dwt_whiten_g4",
+        lambda: Norm(
+            Batch(),
+            Whiten("cholesky", 0.0, 1e-3, population="covariance"),
+            population=Running(),
+            num_features=4,
+        ),
+        {"running_variance": "running_covariance"},
+    ),
+    Once("wmse_whiten", lambda: Norm(Batch(), Whiten("cholesky", 0.0, unbiased=True))),
+)
