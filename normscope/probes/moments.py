@@ -15,7 +15,7 @@ import torch
 from normscope.probes.layout import Channeled
 
 STATS = ("mean", "var", "rms")
-_CANCELLED = 1e3  # mean^2 / var above which sum x^2 - n mean^2 has lost its digits in float32
+_CANCELLED = 1e3  # mean square / var above which sum x^2 - n mean^2 has lost its digits in float32
 _ROWS = 16384  # rows summed at once: the kernel adds them up one by one in float32, and a million would lose the mean
 
 
@@ -60,14 +60,13 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _planes(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    size = x.shape[2]
-    means = x.sum(2).div_(size)
-    inner = torch.linalg.vector_norm(x, dim=2).square_() - means.square().mul_(size)
-    mean = means.mean(0)
-    m2 = inner.clamp_(min=0).sum(0) + (means - mean).square_().sum(0).mul_(size)
-    if bool((mean.square() * count > _CANCELLED * m2).any()) and bool(x.any()):
-        m2 = torch.linalg.vector_norm(x - mean[None, :, None], dim=2).square_().sum(0)
-    return mean, m2
+    sums, norms = x.sum(2), torch.linalg.vector_norm(x, dim=2)
+    total, square = sums.sum(0, dtype=torch.float64), norms.square_().sum(0, dtype=torch.float64)
+    mean = total / count
+    m2 = (square - total * mean).clamp_(min=0)
+    if bool((square > _CANCELLED * m2).any()) and bool(square.any()):
+        m2 = torch.linalg.vector_norm(x - mean.to(x.dtype)[None, :, None], dim=2).square_().sum(0)
+    return mean.to(x.dtype), m2.to(x.dtype)
 
 
 def merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

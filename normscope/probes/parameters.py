@@ -155,11 +155,15 @@ def squared_norm(gradients: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     Returns:
         One scalar per device that holds a gradient; NaN or infinite as soon as one element is.
     """
-    parts: dict[torch.device, list[torch.Tensor]] = {}
+    parts: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for gradient in gradients:
         dense = _dense(gradient)
-        parts.setdefault(dense.device, []).append(_square(dense))
-    return [torch.stack(values).sum() for values in parts.values()]
+        parts.setdefault((dense.device, dense.dtype), []).append(dense)
+    totals: dict[torch.device, torch.Tensor] = {}
+    for (device, _), same in parts.items():
+        square = torch.stack(torch._foreach_norm(same, 2, _wide(same[0]))).square_().sum()
+        totals[device] = totals[device] + square if device in totals else square
+    return list(totals.values())
 
 
 def _square(x: torch.Tensor) -> torch.Tensor:
