@@ -14,7 +14,6 @@ import torch
 
 from normscope.probes.layout import Channeled
 
-STATS = ("mean", "var", "rms")
 _CANCELLED = 1e3  # mean square / var above which sum x^2 - n mean^2 has lost its digits in float32
 _ROWS = 16384  # rows summed at once: the kernel adds them up one by one in float32, and a million would lose the mean
 

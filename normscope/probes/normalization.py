@@ -14,7 +14,7 @@ from normscope.norms.recognize import NormParts
 from normscope.probes.summary import Row, channel_row
 
 AREAS = 256  # areas (tokens, or samples x groups) looked at per step, at a fixed stride
-MAX_CHANNELS = 4096  # longer gains and biases are not kept whole
+MAX_CHANNELS = 4096  # wider layers, and longer gains and biases, keep scalars only
 _COUNTER = "num_batches_tracked"
 _TINY = 1e-300
 

@@ -17,7 +17,6 @@ import torch
 
 from normscope.probes.layout import Channeled
 
-STATS = ("max", "zeros", "kurtosis", "saturated")
 SAMPLES = 32
 _EDGE = 0.01  # a bounded unit is saturated within 1 % of its range from either end
 

@@ -38,9 +38,9 @@ Layers = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 class Scope:
     """A running attachment: `findings()`, `report()`, `record()`, `step()`, `close()`; made by `attach`."""
 
-    def __init__(self, session: Session, hooks: Hooks, name: str, path: Path | None, summary: str) -> None:
+    def __init__(self, session: Session, hooks: Hooks, path: Path | None, summary: str) -> None:
         """Hold the parts; use `attach`."""
-        self._session, self._hooks, self._name, self._path, self._summary = session, hooks, name, path, summary
+        self._session, self._hooks, self._path, self._summary = session, hooks, path, summary
         self._closed = False
         atexit.register(self.close)
 
@@ -204,7 +204,7 @@ def attach(
         modules, norms, owned, optimizers, store, every=every, probes=chosen, problem=problem, scaler=scaler
     )
     hooks = Hooks(session, model, modules.items(), optimizers)
-    return Scope(session, hooks, name, path, f"{type(model).__name__}, {len(modules)} modules, {len(norms)} norms")
+    return Scope(session, hooks, path, f"{type(model).__name__}, {len(modules)} modules, {len(norms)} norms")
 
 
 def _number(argument: str, value: Any) -> Any:

@@ -19,7 +19,7 @@ from normscope.core.store import Store
 from normscope.norms.recognize import NormParts
 from normscope.probes import layout, optimizers, population, summary
 from normscope.probes.activations import Activations
-from normscope.probes.normalization import Normalization
+from normscope.probes.normalization import MAX_CHANNELS, Normalization
 from normscope.probes.parameters import Parameters, squared_norm
 from normscope.probes.problem import Problem
 from normscope.probes.transfer import to_host
@@ -27,7 +27,6 @@ from normscope.probes.transfer import to_host
 log = logging.getLogger("normscope")
 
 PROBES = ("moments", "tails", "parameters", "normalization", "population")
-MAX_CHANNELS = 4096  # wider layers keep scalars only
 _PATIENCE = 100  # repeated steps of one optimizer before the others are asked for
 _FLUSH_STEPS = 256  # contexts of steps that wait for a sampled step at most
 _GIVE_UP_ROWS = 500_000  # rows that wait for a full disk before they are dropped
