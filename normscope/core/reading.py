@@ -102,14 +102,30 @@ def _context(connection: sqlite3.Connection) -> pd.DataFrame:
 
 
 def _blocks(connection: sqlite3.Connection) -> tuple[Block, ...]:
-    series = {number: row for number, *row in _rows(connection, "series", "id")}
-    blocks = []
-    for number, group in groupby(_rows(connection, "scalars", "series, step"), key=itemgetter(0)):
-        run, site, phase, role, stats = series[number]
-        rows, names = list(group), tuple(json.loads(stats))
-        values = np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(-1, len(names))
-        blocks.append(Block(run, site, phase, role, names, np.array([row[1] for row in rows], np.int64), values))
-    return tuple(blocks)
+    layouts = {number: (run, json.loads(keys)) for number, run, keys in _rows(connection, "layouts", "id")}
+    parts: dict[tuple[str, str, str, str, tuple[str, ...]], list[tuple[np.ndarray, np.ndarray]]] = {}
+    for number, group in groupby(_rows(connection, "scalars", "layout, step"), key=itemgetter(0)):
+        run, keys = layouts[number]
+        rows = list(group)
+        steps = np.array([row[1] for row in rows], np.int64)
+        values = np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(len(rows), -1)
+        start = 0
+        for site, phase, role, stats in keys:
+            end = start + len(stats)
+            parts.setdefault((run, site, phase, role, tuple(stats)), []).append((steps, values[:, start:end]))
+            start = end
+    return tuple(Block(*key, *_in_time(found)) for key, found in parts.items())
+
+
+def _in_time(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Join the steps and values of one series from several layouts; of a step written twice the last holds."""
+    if len(parts) == 1:
+        return parts[0]
+    steps, values = (np.concatenate(items) for items in zip(*parts, strict=True))
+    kept, first = np.unique(steps[::-1], return_index=True)
+    values = values[::-1][first]
+    values.flags.writeable = False
+    return kept, values
 
 
 def _channels(connection: sqlite3.Connection) -> tuple[Channels, ...]:

@@ -1,9 +1,10 @@
 """Store: a run as one SQLite file, readable while it grows and after a kill at any moment.
 
 Write-ahead logging with one transaction a sampled step: a step whose `commit` returned survives the death of the
-process (not of the machine: the log is not forced to disk at every step). A scalar row holds all statistics of one
-site, phase and role at one step as little-endian float32. Every row ends in a checksum over its keys and values, and
-tables are read whole instead of looked up, so that a damaged file is refused instead of misread.
+process (not of the machine: the log is not forced to disk at every step). One row holds all scalars of a step, as
+little-endian float32; its layout, a row of its own, says of which sites and statistics. Every row ends in a checksum
+over its keys and values, and tables are read whole instead of looked up, so that a damaged file is refused instead of
+misread.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
     from normscope.core.record import Record
 
 FILE_NAME = "record.sqlite"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x6E73636F
 _SCHEMA = """
 CREATE TABLE runs (run TEXT PRIMARY KEY, provenance TEXT, checksum INTEGER);
 CREATE TABLE sites (run TEXT, site TEXT, attributes TEXT, checksum INTEGER, PRIMARY KEY (run, site));
-CREATE TABLE series (id INTEGER PRIMARY KEY, run TEXT, site TEXT, phase TEXT, role TEXT, stats TEXT, checksum INTEGER);
-CREATE TABLE scalars (series INTEGER, step INTEGER, data BLOB, checksum INTEGER,
-    PRIMARY KEY (series, step)) WITHOUT ROWID;
+CREATE TABLE layouts (id INTEGER PRIMARY KEY, run TEXT, keys TEXT, checksum INTEGER);
+CREATE TABLE scalars (layout INTEGER, step INTEGER, data BLOB, checksum INTEGER,
+    PRIMARY KEY (layout, step)) WITHOUT ROWID;
 CREATE TABLE arrays (run TEXT, site TEXT, phase TEXT, role TEXT, stat TEXT, step INTEGER, data BLOB, checksum INTEGER,
     PRIMARY KEY (run, site, phase, role, stat, step));
 CREATE TABLE steps (run TEXT, step INTEGER, sampled INTEGER, batch_size INTEGER, loss REAL, loss_scale REAL,
@@ -47,6 +48,9 @@ CREATE TABLE events (run TEXT, step INTEGER, kind TEXT, site TEXT, message TEXT,
 STEP_COLUMNS = ("run", "step", "sampled", "batch_size", "loss", "loss_scale", "grad_norm", "skipped")
 GROUP_COLUMNS = ("run", "step", "optimizer", "group", "lr", "momentum", "decay")
 EVENT_COLUMNS = ("run", "step", "kind", "site", "message")
+
+
+Layer = tuple[str, str, str, tuple[str, ...]]  # site, phase, role, names of the statistics
 
 
 class Store:
@@ -66,7 +70,9 @@ class Store:
         self.run = run
         self.path = None if path is None else _new_file(Path(path))
         self._pending: list[tuple[str, tuple[object, ...]]] = []
-        self._series: dict[tuple[str, str, str, tuple[str, ...]], int] = {}
+        self._scalars: dict[int, dict[Layer, bytes]] = {}  # by step
+        self._layouts: dict[tuple[Layer, ...], int] = {}
+        self._written: set[int] = set()  # layouts that the file holds
         try:
             self._connection = sqlite3.connect(self.path or ":memory:", isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode = WAL")
@@ -96,12 +102,7 @@ class Store:
 
     def scalars(self, step: int, site: str, phase: str, role: str, stats: tuple[str, ...], values: np.ndarray) -> None:
         """Add the scalars of one site at one step: their names and their values."""
-        key = (site, phase, role, stats)
-        if key not in self._series:
-            number = len(self._series)
-            self._add("series", number, self.run, site, phase, role, json.dumps(stats))
-            self._series[key] = number  # last, for an interrupt may come in between
-        self._add("scalars", self._series[key], step, _float32(values))
+        self._scalars.setdefault(step, {})[site, phase, role, stats] = _float32(values)
 
     def array(self, step: int, site: str, phase: str, role: str, stat: str, values: np.ndarray) -> None:
         """Add one per-channel array."""
@@ -129,7 +130,7 @@ class Store:
             if self._connection.in_transaction:  # an interrupt left it open
                 self._connection.execute("ROLLBACK")
             self._connection.execute("BEGIN IMMEDIATE")
-            for table, group in groupby(self._pending, key=itemgetter(0)):
+            for table, group in groupby([*self._pending, *self._packed()], key=itemgetter(0)):
                 rows = [row for _, row in group]
                 places = ", ".join("?" * len(rows[0]))
                 self._connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", rows)
@@ -137,19 +138,21 @@ class Store:
         except sqlite3.Error as error:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-            raise StoreError(f"{self.path}: {len(self._pending)} rows wait to be written: {error}") from error
+            raise StoreError(f"{self.path}: {self.waiting} rows wait to be written: {error}") from error
         self._pending.clear()
+        self._scalars.clear()
+        self._written.update(self._layouts.values())
 
     @property
     def waiting(self) -> int:
         """Number of rows not yet written."""
-        return len(self._pending)
+        return len(self._pending) + sum(map(len, self._scalars.values()))
 
     def drop_waiting(self) -> None:
-        """Forget the waiting rows, and which series they would have begun."""
+        """Forget the waiting rows, and which layouts they would have begun."""
         self._pending.clear()
-        known = {row[0] for row in self._connection.execute("SELECT id FROM series")}
-        self._series = {key: number for key, number in self._series.items() if number in known}
+        self._scalars.clear()
+        self._layouts = {keys: number for keys, number in self._layouts.items() if number in self._written}
 
     def record(self) -> Record:
         """Return what was committed so far."""
@@ -168,7 +171,22 @@ class Store:
             self._connection.close()
 
     def _add(self, table: str, *row: object) -> None:
-        self._pending.append((table, (*row, checksum(row))))
+        self._pending.append(_checked(table, *row))
+
+    def _packed(self) -> list[tuple[str, tuple[object, ...]]]:
+        """Return the waiting scalars as rows, one a step, after the layouts that they begin."""
+        layouts, rows = [], []
+        for step, found in self._scalars.items():
+            keys = tuple(found)
+            number = self._layouts.setdefault(keys, 1 + max(self._layouts.values(), default=-1))
+            if number not in self._written:  # again, where the commit before failed
+                layouts.append(_checked("layouts", number, self.run, json.dumps(keys)))
+            rows.append(_checked("scalars", number, step, b"".join(found.values())))
+        return layouts + rows
+
+
+def _checked(table: str, *row: object) -> tuple[str, tuple[object, ...]]:
+    return table, (*row, checksum(row))
 
 
 def run_exists(path: str | Path) -> bool:
@@ -190,6 +208,8 @@ def _new_file(folder: Path) -> Path:
 
 
 def _float32(values: np.ndarray) -> bytes:
+    if values.dtype == np.dtype("<f4"):
+        return values.tobytes()
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
         return np.asarray(values, "<f4").tobytes()
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,12 +27,14 @@ _BOUNDS: tuple[tuple[type[nn.Module], tuple[float, float]], ...] = (
     (nn.Hardsigmoid, (0.0, 1.0)),
     (nn.Softsign, (-1.0, 1.0)),
 )
-_MERGES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+_MERGES: Mapping[str, Callable[[Any, Any], Any]] = {
     "moments": moments.merge,
     "tails": tails.merge,
     "batch": moments.merge,
     "areas": normalization.merge_areas,
 }
+
+State = torch.Tensor | moments.Moments
 
 
 class Measured(NamedTuple):
@@ -41,7 +43,12 @@ class Measured(NamedTuple):
     site: str
     role: str
     probe: str
-    state: torch.Tensor
+    state: State
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What has to be copied to the host."""
+        return self.state[1:] if isinstance(self.state, moments.Moments) else (self.state,)
 
 
 class Place(NamedTuple):
@@ -50,7 +57,16 @@ class Place(NamedTuple):
     site: str
     axis: int
     bounds: tuple[float, float] | None
-    note: str
+
+
+class _Output(NamedTuple):
+    """An output of this pass: which tensor, where it comes from, and its moments as of a version of its data."""
+
+    tensor: weakref.ref[torch.Tensor]
+    site: str
+    axis: int
+    version: int
+    state: moments.Moments | None
 
 
 class Collected(NamedTuple):
@@ -65,23 +81,22 @@ class Collected(NamedTuple):
 class _Pass:
     """One forward through the model; `live` once a gradient came back through it."""
 
-    calls: Counter[int] = field(default_factory=Counter)
+    calls: dict[int, int] = field(default_factory=dict)
     norms: dict[str, Calls] = field(default_factory=dict)
     running: dict[str, torch.Tensor] = field(default_factory=dict)
-    states: dict[tuple[str, str, str], torch.Tensor] = field(default_factory=dict)
-    fresh: dict[int, tuple[Any, int, int, torch.Tensor]] = field(default_factory=dict)
-    before: tuple[tuple[int, ...], int] | None = None
-    producers: dict[int, tuple[Any, str]] = field(default_factory=dict)
+    states: dict[tuple[str, str, str], State] = field(default_factory=dict)
+    outputs: dict[int, _Output] = field(default_factory=dict)
+    before: tuple[torch.Size, int] | None = None
     live: bool = False
     closed: bool = False
 
-    def add(self, site: str, role: str, probe: str, state: torch.Tensor) -> None:
+    def add(self, site: str, role: str, probe: str, state: State) -> None:
         """Add a state, merged with what the site has already."""
         key = (site, role, probe)
         known = self.states.get(key)
         if known is None:
             self.states[key] = state
-        elif known.shape == state.shape:  # a layer of varying width keeps its first width in a step
+        elif _width(known) == _width(state):  # a layer of varying width keeps its first width in a step
             self.states[key] = _MERGES[probe](known, state)
 
     def absorb(self, other: _Pass) -> None:
@@ -98,7 +113,7 @@ class _Pass:
     def close(self) -> None:
         """Forget everything; gradients that still come are ignored."""
         self.closed = True
-        self.states, self.fresh, self.producers, self.running = {}, {}, {}, {}
+        self.states, self.outputs, self.running = {}, {}, {}
 
 
 class Activations:
@@ -168,23 +183,28 @@ class Activations:
         if self._after_backward and not inside:
             self.begin_pass()
         current = self._passes[-1]
-        repeated = inside and id(module) in current.calls
+        key = id(module)
+        count = current.calls.get(key, 0)
+        repeated = inside and count > 0
         if parts is not None:
             self._count(name, module, inside, repeated, current)
         elif not repeated and self._is_container(name, module, current):
             return
         if repeated:
             return
-        call = min(current.calls[id(module)], MAX_CALLS - 1)
-        current.calls[id(module)] += 1
-        if current.calls[id(module)] > MAX_CALLS and name not in self._joined:
+        call = min(count, MAX_CALLS - 1)
+        current.calls[key] = count + 1
+        if count >= MAX_CALLS and name not in self._joined:
             self._joined.add(name)
             self.notes.append((str(Site(name, call)), f"calls of {name!r} beyond {MAX_CALLS} in a pass are joined"))
+        x = layout.first_tensor(args, kwargs)
         if parts is not None and "normalization" in self._probes:
-            self._norm(name, call, module, parts, layout.first_tensor(args, kwargs), current)
-        source = "" if (name, call, "output") in self._places else _source(layout.first_tensor(args, kwargs), current)
+            self._norm(name, call, module, parts, x, current)
         for slot, tensor in layout.tensors(output):
-            self._output(Site(name, call, slot), module, parts, tensor, source, current)
+            place = self._places.get((name, call, slot))
+            if place is None:
+                place = self._learn(Site(name, call, slot), module, parts, tensor, _source(x, current), current)
+            self._output(place, tensor, current)
 
     def collect(self) -> Collected:
         """Return what the passes that a gradient came back through have found, merged, and forget all passes."""
@@ -221,26 +241,20 @@ class Activations:
         here.training = module.training
 
     def _is_container(self, name: str, module: nn.Module, current: _Pass) -> bool:
-        if name not in self._containers and any(id(m) in current.calls for m in module.modules() if m is not module):
+        if name in self._containers:
+            return True
+        if module._modules and any(id(m) in current.calls for m in module.modules() if m is not module):
             self._containers.add(name)
-        return name in self._containers
+            return True
+        return False
 
-    def _output(
-        self,
-        where: Site,
-        module: nn.Module,
-        parts: NormParts | None,
-        tensor: torch.Tensor,
-        source: str,
-        current: _Pass,
-    ) -> None:
-        key = (where.module, where.call, where.slot)
-        place = self._places.get(key) or self._learn(key, where, module, parts, tensor, source, current)
+    def _output(self, place: Place, tensor: torch.Tensor, current: _Pass) -> None:
         if layout.why_unmeasured(tensor):
             return
-        current.before = (tuple(tensor.shape), place.axis)
-        current.producers[id(tensor)] = (weakref.ref(tensor), place.site)
-        self._measure(place, "value", tensor, current)
+        current.before = (tensor.shape, place.axis)
+        state = self._measure(place, "value", tensor, current)
+        version = -1 if tensor.is_inference() else tensor._version  # the data of an inference tensor have none
+        current.outputs[id(tensor)] = _Output(weakref.ref(tensor), place.site, place.axis, version, state)
         hooks.on_gradient(tensor, lambda gradient: self._gradient(place, gradient, current))
 
     def _gradient(self, place: Place, gradient: torch.Tensor, current: _Pass) -> None:
@@ -249,15 +263,13 @@ class Activations:
         if not current.closed and gradient.numel():
             self._measure(place, "gradient", gradient, current)
 
-    def _measure(self, place: Place, role: str, tensor: torch.Tensor, current: _Pass) -> None:
-        probe = "moments"
+    def _measure(self, place: Place, role: str, tensor: torch.Tensor, current: _Pass) -> moments.Moments | None:
+        probe, state = "moments", None
         try:
             view = layout.channeled(tensor.detach(), place.axis)
             if "moments" in self._probes:
                 state = moments.observe(view)
                 current.add(place.site, role, "moments", state)
-                if role == "value" and not tensor.is_inference():
-                    current.fresh[id(tensor)] = (weakref.ref(tensor), tensor._version, place.axis, state)
             probe = "tails"
             if "tails" in self._probes:
                 sample = tails.subsample(view)
@@ -267,6 +279,7 @@ class Activations:
                     self._reduce()
         except Exception as error:  # whatever a tensor does, the run goes on
             self._on_failure(probe, place.site, error)
+        return state
 
     def _reduce(self) -> None:
         """Reduce the subsamples that wait, those alike side by side: a few operations instead of a few for each."""
@@ -293,7 +306,7 @@ class Activations:
             if x is None or layout.why_unmeasured(x):
                 return
             if (name, call, "input") not in self._places:
-                self._places[name, call, "input"] = Place(site, parts.axis, None, "")
+                self._places[name, call, "input"] = Place(site, parts.axis, None)
                 self.owners[site] = name
                 self._on_site(site, {"module": name, "call": call, "slot": "input", "shape": list(x.shape)})
             current.norms[name].batch = x.shape[0] if x.dim() else 1
@@ -310,7 +323,6 @@ class Activations:
 
     def _learn(
         self,
-        key: tuple[str, int, str],
         where: Site,
         module: nn.Module,
         parts: NormParts | None,
@@ -324,7 +336,7 @@ class Activations:
         axis = axis if -len(shape) <= axis < len(shape) else -1
         bounds = _bounds(module)
         note = layout.why_unmeasured(tensor)
-        place = self._places[key] = Place(str(where), axis, bounds, note)
+        place = self._places[where.module, where.call, where.slot] = Place(str(where), axis, bounds)
         attributes: dict[str, object] = {
             "module": where.module,
             "call": where.call,
@@ -344,21 +356,48 @@ class Activations:
         return place
 
 
+def on_host(measured: Sequence[Measured], host: Iterator[np.ndarray]) -> list[np.ndarray]:
+    """Return the states as arrays [k, channels].
+
+    Args:
+        measured: what a step has left.
+        host: the `tensors` of each, copied to the host.
+
+    Returns:
+        One array each.
+    """
+    found = [
+        m.state._replace(mean=next(host), var=next(host)) if isinstance(m.state, moments.Moments) else next(host)
+        for m in measured
+    ]
+    states = iter(moments.states([state for state in found if isinstance(state, moments.Moments)]))
+    return [next(states) if isinstance(state, moments.Moments) else state for state in found]
+
+
 def _bounds(module: nn.Module) -> tuple[float, float] | None:
     if isinstance(module, nn.Hardtanh) and not isinstance(module, nn.ReLU6):
         return float(module.min_val), float(module.max_val)
     return next((bounds for kind, bounds in _BOUNDS if isinstance(module, kind)), None)
 
 
+def _width(state: State) -> int:
+    return len(state.mean) if isinstance(state, moments.Moments) else state.shape[-1]
+
+
+def _known(x: torch.Tensor | None, current: _Pass) -> _Output | None:
+    known = None if x is None else current.outputs.get(id(x))
+    return known if known is not None and known.tensor() is x else None
+
+
 def _source(x: torch.Tensor | None, current: _Pass) -> str:
     """Name the site that produced a tensor in this pass; "" where an operation outside modules did."""
-    known = None if x is None else current.producers.get(id(x))
-    return known[1] if known is not None and known[0]() is x else ""
+    known = _known(x, current)
+    return "" if known is None else known.site
 
 
-def _fresh(x: torch.Tensor, axis: int, current: _Pass) -> torch.Tensor | None:
+def _fresh(x: torch.Tensor, axis: int, current: _Pass) -> moments.Moments | None:
     """Return the moments taken of this very tensor when it was an output, unless it was changed in place since."""
-    known = current.fresh.get(id(x))
-    if known is None or known[0]() is not x or known[1] != x._version:
+    known = _known(x, current)
+    if known is None or known.state is None or known.version < 0 or known.version != x._version:
         return None
-    return known[3] if known[2] % x.dim() == axis % x.dim() else None
+    return known.state if known.axis % x.dim() == axis % x.dim() else None

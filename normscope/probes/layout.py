@@ -64,6 +64,8 @@ def tensors(output: object, slot: str = "output", depth: int = 0) -> Iterator[tu
 
 def first_tensor(args: tuple[object, ...], kwargs: Mapping[str, object]) -> torch.Tensor | None:
     """Return the first tensor among the arguments of a call, positional ones first."""
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0]
     return next((tensor for _, tensor in tensors((*args, *kwargs.values()))), None)
 
 

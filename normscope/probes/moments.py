@@ -1,13 +1,15 @@
 """Moments: per-channel mean and variance, exact, in one pass at memory bandwidth.
 
-A state is a tensor [3, C] with rows count, mean and M2 = sum (x - mean)^2; states of two sets merge exactly (Chan,
-Golub and LeVeque). `torch.var_mean` runs at a fortieth of memory bandwidth on a CPU, so there the sums are taken by
-kernels that do not: `batch_norm_update_stats` for [rows, C], a row sum and a row norm for [N, C, S].
+A state is count, mean and variance, which merge exactly (Chan, Golub and LeVeque); on the host it is an array [3, C]
+with rows count, mean and M2 = sum (x - mean)^2. `torch.var_mean` runs at a fortieth of memory bandwidth on a CPU, so
+there the sums are taken by kernels that do not: `batch_norm_update_stats` for [rows, C], a row sum and a row norm for
+[N, C, S].
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,69 +20,63 @@ _CANCELLED = 1e3  # mean square / var above which sum x^2 - n mean^2 has lost it
 _ROWS = 16384  # rows summed at once: the kernel adds them up one by one in float32, and a million would lose the mean
 
 
-def observe(view: Channeled) -> torch.Tensor:
-    """Return the state [3, C] of one tensor.
+class Moments(NamedTuple):
+    """The state of one tensor, or of several together.
+
+    Attributes:
+        n: values per channel.
+        mean: [C], a tensor; a numpy array once it was copied to the host.
+        var: [C] biased variance, the same.
+    """
+
+    n: int
+    mean: Any
+    var: Any
+
+
+def observe(view: Channeled) -> Moments:
+    """Return count, mean and variance of one tensor.
 
     Args:
         view: the tensor as [N, C, S] or [rows, C].
 
     Returns:
-        Rows count, mean, M2, in float32, or float64 for float64 input.
+        The state, in float32 or float64.
     """
-    x = view.x
+    x, n = view.x, view.count
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x = x if x.dtype == wide else x.to(wide)
     if x.device.type != "cpu":
-        dims = (0,) if view.rows else (0, 2)
-        variance, mean = torch.var_mean(x.to(wide), dims, correction=0)
-        m2 = variance * view.count
-    elif view.rows:
-        mean, m2 = _rows(x if x.dtype == wide else x.to(wide))
-    else:
-        mean, m2 = _planes(x if x.dtype == wide else x.to(wide), view.count)
-    return torch.stack((_counts(view.count, mean.shape[0], mean.dtype, mean.device), mean, m2))
+        var, mean = torch.var_mean(x, (0,) if view.rows else (0, 2), correction=0)
+        return Moments(n, mean, var)
+    return _rows(x) if view.rows else _planes(x, n)
 
 
-@lru_cache(maxsize=256)
-def _counts(count: int, channels: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.full((channels,), count, dtype=dtype, device=device)
+def merge(a: Moments, b: Moments) -> Moments:
+    """Return the state of two sets of samples together: exact, associative, commutative."""
+    n = a.n + b.n
+    delta = b.mean - a.mean
+    var = a.var * (a.n / n) + b.var * (b.n / n) + delta.square() * (a.n / n * b.n / n)
+    return Moments(n, a.mean + delta * (b.n / n), var)
 
 
-def _rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    count = x.shape[0]
-    if count <= _ROWS:
-        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-        return mean, variance * count
-    parts = [(part.shape[0], *torch.batch_norm_update_stats(part, None, None, 0.0)) for part in torch.split(x, _ROWS)]
-    sizes, means, variances = (
-        torch.stack([torch.as_tensor(part[i], dtype=x.dtype, device=x.device) for part in parts]) for i in range(3)
-    )
-    mean = (means * (sizes / count)[:, None]).sum(0)
-    return mean, (sizes[:, None] * (variances + (means - mean).square())).sum(0)
+def _rows(x: torch.Tensor) -> Moments:
+    if x.shape[0] <= _ROWS:
+        return Moments(x.shape[0], *torch.batch_norm_update_stats(x, None, None, 0.0))
+    total, *others = (_rows(part) for part in torch.split(x, _ROWS))
+    for part in others:
+        total = merge(total, part)
+    return total
 
 
-def _planes(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    sums, norms = x.sum(2), torch.linalg.vector_norm(x, dim=2)
-    total, square = sums.sum(0, dtype=torch.float64), norms.square_().sum(0, dtype=torch.float64)
-    mean = total / count
-    m2 = (square - total * mean).clamp_(min=0)
-    if bool((square > _CANCELLED * m2).any()) and bool(square.any()):
-        m2 = torch.linalg.vector_norm(x - mean.to(x.dtype)[None, :, None], dim=2).square_().sum(0)
-    return mean.to(x.dtype), m2.to(x.dtype)
-
-
-def merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Merge the states of two sets of samples: exact, associative, commutative.
-
-    Args:
-        a: state [3, C].
-        b: state [3, C].
-
-    Returns:
-        The state of both sets together.
-    """
-    n = a[0] + b[0]
-    delta = b[1] - a[1]
-    return torch.stack((n, a[1] + delta * (b[0] / n), a[2] + b[2] + delta.square() * (a[0] * b[0] / n)))
+def _planes(x: torch.Tensor, n: int) -> Moments:
+    squares = torch.linalg.vector_norm(x, dim=2).square_().sum(0, dtype=torch.float64)
+    mean = x.sum(2).sum(0, dtype=torch.float64).div_(n)
+    square = squares.div_(n)
+    var = torch.addcmul(square, mean, mean, value=-1).clamp_(min=0)
+    if bool((square > var * _CANCELLED).any()) and bool(square.any()):
+        var = torch.linalg.vector_norm(x - mean.to(x.dtype)[None, :, None], dim=2).square_().sum(0).div_(n)
+    return Moments(n, mean, var)
 
 
 def compute(state: np.ndarray) -> dict[str, np.ndarray]:
@@ -100,21 +96,38 @@ def compute(state: np.ndarray) -> dict[str, np.ndarray]:
     return {"mean": mean, "var": variance, "rms": np.sqrt(mean**2 + variance)}
 
 
-def pooled(stats: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the layer's scalars: mean over channels of mean and var, rms over everything, and counts.
+def pooled(stats: dict[str, np.ndarray], state: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the scalars of layers whose channels stand side by side.
 
     Args:
-        stats: the result of `compute`, [..., C].
+        stats: the result of `compute`, [channels].
+        state: [3, channels].
+        starts: [layers] the first channel of each layer.
 
     Returns:
-        name -> [...]: mean, var, rms, `nonfinite` (channels that hold a NaN or an infinity) and `dead` (fraction of
-        channels that are zero throughout).
+        name -> [layers]: mean, var (means over channels), rms over everything, `nonfinite` (channels that hold a NaN or
+        an infinity), `dead` (fraction of channels that are zero throughout), `count` (values per channel).
     """
-    rms = stats["rms"]
-    return {
-        "mean": stats["mean"].mean(-1),
-        "var": stats["var"].mean(-1),
-        "rms": np.sqrt((rms**2).mean(-1)),
-        "nonfinite": (~np.isfinite(stats["mean"])).sum(-1).astype(float),
-        "dead": (rms == 0).mean(-1),
-    }
+    mean, var, rms = stats.values()
+    sums = np.add.reduceat(np.stack((mean, var, rms**2, ~np.isfinite(mean), rms == 0)), starts, axis=1)
+    means = sums / np.diff(starts, append=len(mean))
+    names = ("mean", "var", "rms", "nonfinite", "dead", "count")
+    return dict(zip(names, (means[0], means[1], np.sqrt(means[2]), sums[3], means[4], state[0, starts]), strict=True))
+
+
+def states(found: Sequence[Moments]) -> list[np.ndarray]:
+    """Return states that were copied to the host as arrays [3, C] with rows count, mean, M2.
+
+    Args:
+        found: states whose mean and variance are numpy arrays.
+
+    Returns:
+        One array a state.
+    """
+    if not found:
+        return []
+    widths = [len(state.mean) for state in found]
+    count = np.repeat([float(state.n) for state in found], widths)
+    mean, var = (np.concatenate(part) for part in zip(*((s.mean, s.var) for s in found), strict=True))
+    joined, ends = np.stack((count, mean, var * count)), np.cumsum(widths)
+    return [joined[:, end - width : end] for width, end in zip(widths, ends, strict=True)]

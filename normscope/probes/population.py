@@ -55,7 +55,7 @@ def measure(problem: Problem, norms: Mapping[str, NormParts]) -> dict[str, list[
 def _run(
     problem: Problem, batches: Iterable[Any], layers: Mapping[str, nn.Module], norms: Mapping[str, NormParts]
 ) -> tuple[list[Row], float, list[torch.Tensor]]:
-    collected: dict[str, torch.Tensor] = {}
+    collected: dict[str, moments.Moments] = {}
 
     def listen(name: str, output: object) -> None:
         for slot, tensor in layout.tensors(output):
@@ -70,8 +70,9 @@ def _run(
             output, target = problem.forward(problem.model, batch)
             losses.append(problem.loss(output, target).detach().reshape(()))
             outputs += [t.detach().double() for _, t in layout.tensors(output) if t.dtype.is_floating_point][:1]
-    states = to_host([*collected.values(), *losses])
+    found = [moments.Moments(state.n, *to_host((state.mean, state.var))) for state in collected.values()]
     rows = [
-        channel_row(site, "value", moments.compute(state), {}) for site, state in zip(collected, states, strict=False)
+        channel_row(site, "value", moments.compute(state), {})
+        for site, state in zip(collected, moments.states(found), strict=True)
     ]
-    return rows, float(np.mean(states[len(collected) :])), outputs
+    return rows, float(np.mean(to_host(losses))), outputs

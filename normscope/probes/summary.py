@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -30,26 +32,13 @@ class Row(NamedTuple):
     arrays: Mapping[str, np.ndarray]
 
 
-Pooled = Callable[[dict[str, np.ndarray], np.ndarray], dict[str, np.ndarray]]
-
 _POWER = {"mean": 1, "var": 2, "rms": 1, "max": 1}  # power of the loss scale in each statistic of a gradient
-
-
-def _moments(states: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    stats = moments.compute(states)
-    return stats, moments.pooled(stats) | {"count": states[..., 0, 0]}
-
-
-def _tails(states: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    stats = tails.compute(states)
-    return stats, tails.pooled(stats, states)
-
-
-_PROBES = {"moments": _moments, "tails": _tails}
+_PROBES: Mapping[str, ModuleType] = {"moments": moments, "tails": tails}
+_BOUNDED = "saturated"  # only bounded activations have it
 
 
 def summarize(probe: str, sites: Sequence[tuple[str, str]], states: Sequence[np.ndarray], scale: float) -> list[Row]:
-    """Summarize the states of one probe at many sites.
+    """Summarize the states of one probe at many sites, all channels side by side.
 
     Args:
         probe: "moments" or "tails".
@@ -60,27 +49,77 @@ def summarize(probe: str, sites: Sequence[tuple[str, str]], states: Sequence[np.
     Returns:
         One row a site and role, in the order given.
     """
-    rows: list[Row | None] = [None] * len(states)
-    alike = [(state.shape[1], probe == "tails" and bool(state[-1, 0])) for state in states]
-    for width, bounded in dict.fromkeys(alike):
-        here = [i for i, kind in enumerate(alike) if kind == (width, bounded)]
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            stats, scalars = _PROBES[probe](np.stack([states[i] for i in here]))
-            if probe == "tails" and not bounded:
-                del stats["saturated"], scalars["saturated"]
-            if scale != 1.0:
-                divisor = np.array([scale if sites[i][1] == "gradient" else 1.0 for i in here])
-                stats = {name: value / divisor[:, None] ** _POWER.get(name, 0) for name, value in stats.items()}
-                scalars = {name: value / divisor ** _POWER.get(name, 0) for name, value in scalars.items()}
-        ends = extremes(np.concatenate(list(stats.values())))
-        for k, name in enumerate(stats):
-            for suffix, extreme in zip(EXTREMES, ends, strict=True):
-                scalars[f"{name}.{suffix}"] = extreme[k * len(here) : (k + 1) * len(here)]
-        table = np.stack(list(scalars.values()), axis=1)
-        names = tuple(scalars)
-        for k, i in enumerate(here):
-            rows[i] = Row(*sites[i], names, table[k], {name: values[k] for name, values in stats.items()})
-    return [row for row in rows if row is not None]
+    if not states:
+        return []
+    order = sorted(range(len(states)), key=lambda i: states[i].shape[1])  # equal widths beside each other
+    widths = [states[i].shape[1] for i in order]
+    ends = np.cumsum(widths)
+    joined = np.concatenate([states[i] for i in order], axis=1)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        stats = _PROBES[probe].compute(joined)
+        scalars = _PROBES[probe].pooled(stats, joined, ends - widths)
+        if scale != 1.0:
+            divisor = np.array([scale if sites[i][1] == "gradient" else 1.0 for i in order])
+            scalars = _divided(scalars, divisor)
+            stats = _divided(stats, np.repeat(divisor, widths))
+        table = np.stack(list(stats.values())).astype(np.float32)  # what the record keeps, and sorts twice as fast
+        pool = np.stack(list(scalars.values())).astype(np.float32)
+    values = np.concatenate((pool, *_segment_extremes(table, widths, ends - widths))).T
+    names = (*scalars, *(f"{name}.{suffix}" for suffix in EXTREMES for name in stats))
+    free = [k for k, name in enumerate(names) if not name.startswith(_BOUNDED)]
+    free_names, free_values = tuple(names[k] for k in free), values[:, free]
+    rows: dict[int, Row] = {}
+    for k, (i, end, width) in enumerate(zip(order, ends, widths, strict=True)):
+        bounded = probe == "tails" and states[i][-1, 0] > 0
+        arrays = {n: v[end - width : end] for n, v in zip(stats, table, strict=True) if bounded or n != _BOUNDED}
+        rows[i] = Row(*sites[i], names if bounded else free_names, values[k] if bounded else free_values[k], arrays)
+    return [rows[i] for i in range(len(states))]
+
+
+def joined(rows: Sequence[Row]) -> list[Row]:
+    """Join the rows of one site and role that several probes have found, so that the store writes one.
+
+    Args:
+        rows: rows in any order.
+
+    Returns:
+        One row a site and role, in the order of their first.
+    """
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        known = found.get((row.site, row.role))
+        if known is not None:
+            values = np.concatenate((known.values, row.values))
+            row = Row(row.site, row.role, known.stats + row.stats, values, {**known.arrays, **row.arrays})
+        found[row.site, row.role] = row
+    return list(found.values())
+
+
+def _divided(stats: Mapping[str, np.ndarray], divisor: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: value / divisor ** _POWER.get(name, 0) for name, value in stats.items()}
+
+
+def _segment_extremes(
+    table: np.ndarray, widths: Sequence[int], starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return minimum, median and maximum of each segment of each row, of the values that are not NaN.
+
+    Args:
+        table: [k, channels].
+        widths: [n] widths of the segments, increasing.
+        starts: [n] where they begin.
+
+    Returns:
+        Three arrays [k, n].
+    """
+    medians = np.empty((len(table), len(widths)), table.dtype)
+    at = 0
+    for width, same in groupby(widths):
+        n = len(list(same))
+        block = table[:, starts[at] : starts[at] + n * width].reshape(-1, width)
+        medians[:, at : at + n] = extremes(block)[1].reshape(len(table), n)
+        at += n
+    return np.fmin.reduceat(table, starts, axis=1), medians, np.fmax.reduceat(table, starts, axis=1)
 
 
 def extremes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ import torch
 from normscope.probes.layout import Channeled
 
 SAMPLES = 32
+_SMALLEST = 1e-37  # about the smallest normal number of float32
 _EDGE = 0.01  # a bounded unit is saturated within 1 % of its range from either end
 
 
@@ -56,21 +57,33 @@ def reduce(sample: torch.Tensor, bounds: tuple[float, float] | None = None) -> t
     Returns:
         Rows: n, maximum of |x|, zeros, saturated, mean, the sums of (x - mean)^2, ^3 and ^4; then 1 if bounded.
     """
-    sample = sample.to(torch.float32 if sample.device.type == "mps" else torch.float64)
-    state = sample.new_zeros((9, sample.shape[1]))
-    state[0] = len(sample)
-    torch.amax(sample.abs(), 0, out=state[1])
-    torch.sum(sample == 0, 0, out=state[2])
+    narrow = sample.device.type == "mps"
+    x = sample.clone() if sample.dtype == torch.float64 and not narrow else sample.to(torch.float32, copy=True)
+    largest = x.abs().amax(0)
+    nothing = torch.zeros_like(largest)
+    saturated, bounded = nothing, nothing
     if bounds is not None:
         edge = _EDGE * (bounds[1] - bounds[0])
-        torch.sum((sample < bounds[0] + edge) | (sample > bounds[1] - edge), 0, out=state[3])
-        state[8] = 1
-    torch.mean(sample, 0, out=state[4])
-    centered = sample - state[4]
-    square = centered * centered
-    torch.sum(square, 0, out=state[5])
-    torch.sum(centered.mul_(square), 0, out=state[6])
-    torch.sum(square.mul_(square), 0, out=state[7])
+        saturated = ((x < bounds[0] + edge) | (x > bounds[1] - edge)).sum(0).to(x.dtype)
+        bounded = torch.ones_like(largest)
+    first = x[0].clone()
+    centered = x - first  # first, for a mean far above the deviation
+    zeros = x.eq_(0).sum(0)
+    mean = centered.mean(0)
+    scale = largest.clamp(min=_SMALLEST)  # fourth powers of what is divided by it hold in float32
+    centered.sub_(mean).div_(scale)
+    square = torch.mul(centered, centered, out=x)
+    second = square.sum(0)
+    third, fourth = centered.mul_(square).sum(0), square.mul_(square).sum(0)
+    count = torch.full_like(largest, len(x))
+    rows = (count, largest, zeros, saturated, nothing, second, third, fourth, bounded)
+    state = torch.stack(rows).to(torch.float32 if narrow else torch.float64)
+    torch.add(mean.to(state.dtype), first, out=state[4])
+    scale = scale.to(state.dtype)
+    power = scale * scale
+    for row in state[5:8]:
+        row.mul_(power)
+        power = power * scale
     return state
 
 
@@ -129,22 +142,25 @@ def compute(state: np.ndarray) -> dict[str, np.ndarray]:
     return {"max": largest, "zeros": zeros / n, "kurtosis": kurtosis, "saturated": held}
 
 
-def pooled(stats: dict[str, np.ndarray], state: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the layer's scalars: the largest maximum, the means over channels of the rest, and the sample size.
+def pooled(stats: dict[str, np.ndarray], state: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the scalars of layers whose channels stand side by side.
 
     Args:
-        stats: the result of `compute`, [..., C].
-        state: [..., 9, C].
+        stats: the result of `compute`, [channels].
+        state: [9, channels].
+        starts: [layers] the first channel of each layer.
 
     Returns:
-        name -> [...].
+        name -> [layers]: the largest maximum, the means over channels of the rest, and the sample size.
     """
-    finite = np.isfinite(stats["kurtosis"])
-    kurtosis = np.where(finite, stats["kurtosis"], 0).sum(-1) / np.where(finite.any(-1), finite.sum(-1), np.nan)
+    largest, zeros, kurtosis, saturated = stats.values()
+    finite = np.isfinite(kurtosis)
+    summed = np.add.reduceat(np.stack((zeros, np.where(finite, kurtosis, 0.0), finite, saturated)), starts, axis=1)
+    width = np.diff(starts, append=len(zeros))
     return {
-        "max": stats["max"].max(-1),
-        "zeros": stats["zeros"].mean(-1),
-        "kurtosis": kurtosis,
-        "saturated": stats["saturated"].mean(-1),
-        "sample_n": state[..., 0, 0],
+        "max": np.maximum.reduceat(largest, starts),
+        "zeros": summed[0] / width,
+        "kurtosis": np.divide(summed[1], summed[2], out=np.full(len(starts), np.nan), where=summed[2] > 0),
+        "sample_n": state[0, starts],
+        "saturated": summed[3] / width,
     }

@@ -21,8 +21,16 @@ def to_host(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
     arrays: list[np.ndarray] = [np.empty(0)] * len(tensors)
     for device in dict.fromkeys(tensor.device for tensor in tensors):
         here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
-        joined = torch.cat([tensors[i].detach().reshape(-1) for i in here]).cpu().to(torch.float64).numpy()
-        ends = np.cumsum([tensors[i].numel() for i in here])
-        for i, part in zip(here, np.split(joined, ends[:-1]), strict=True):
-            arrays[i] = part.reshape(tuple(tensors[i].shape))
+        joined = (
+            torch
+            .cat([t if t.dim() == 1 else t.reshape(-1) for t in (tensors[i] for i in here)])
+            .cpu()
+            .to(torch.float64)
+            .numpy()
+        )
+        start = 0
+        for i in here:
+            end = start + tensors[i].numel()
+            arrays[i] = joined[start:end].reshape(tensors[i].shape)
+            start = end
     return arrays

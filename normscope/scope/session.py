@@ -18,7 +18,7 @@ from normscope.core.site import Site
 from normscope.core.store import Store
 from normscope.norms.recognize import NormParts
 from normscope.probes import layout, optimizers, population, summary
-from normscope.probes.activations import Activations
+from normscope.probes.activations import Activations, on_host
 from normscope.probes.normalization import MAX_CHANNELS, Normalization
 from normscope.probes.parameters import Parameters, squared_norm
 from normscope.probes.problem import Problem
@@ -328,19 +328,21 @@ class Session:
             self.store.event(self.step, "unmeasured", "", _UNHEARD)
         vectors = self._normalization.vectors() if "normalization" in self._probes else {}
         norms = self._parameters.states()
-        host = iter(to_host([*(m.state for m in measured), *norms, *vectors.values(), *running.values()]))
-        states = [next(host) for _ in measured]
+        tensors = [t for m in measured for t in m.tensors]
+        host = iter(to_host([*tensors, *norms, *vectors.values(), *running.values()]))
+        states = on_host(measured, host)
         values = [float(next(host)) for _ in norms]
         whole = {site: next(host) for site in vectors}
         kept = {name: next(host) for name in running}
         rows = []
         for probe in ("moments", "tails"):
-            here = [i for i, m in enumerate(measured) if m.probe == probe]
-            sites = [(measured[i].site, measured[i].role) for i in here]
-            rows += summary.summarize(probe, sites, [states[i] for i in here], self._row["loss_scale"] or 1.0)
+            here = [(m, state) for m, state in zip(measured, states, strict=True) if m.probe == probe]
+            sites = [(m.site, m.role) for m, _ in here]
+            rows += summary.summarize(probe, sites, [state for _, state in here], self._row["loss_scale"] or 1.0)
         rows += self._parameters.rows(values, {site: v for site, v in whole.items() if v.ndim})
         inputs = {m.site: state for m, state in zip(measured, states, strict=True) if m.probe in ("batch", "areas")}
-        return rows + self._normalization.rows(inputs, self._activations.owners, kept, calls, whole)
+        rows += self._normalization.rows(inputs, self._activations.owners, kept, calls, whole)
+        return summary.joined(rows)
 
     def _snapshot(self, step: int) -> list[tuple[str, summary.Row]]:
         if self.problem is None or "population" not in self._probes:

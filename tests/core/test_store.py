@@ -211,12 +211,12 @@ def test_what_is_no_database_is_refused(tmp_path, content):
         "UPDATE sites SET attributes = '{}'",
         "UPDATE runs SET provenance = '{}'",
         "UPDATE events SET message = 'all is well'",
-        'UPDATE series SET stats = \'["var", "mean"]\'',
-        "UPDATE scalars SET step = step + 100 WHERE series = 1",
+        'UPDATE layouts SET keys = replace(keys, \'"mean", "var"\', \'"var", "mean"\')',
+        "UPDATE scalars SET step = step + 100 WHERE layout = 0",
         "UPDATE arrays SET data = zeroblob(12)",
         "UPDATE arrays SET data = 'text'",
         "DELETE FROM runs",
-        "DELETE FROM series",
+        "DELETE FROM layouts",
     ],
 )
 def test_a_changed_row_is_refused(finished, tmp_path, change):
@@ -298,7 +298,7 @@ def test_dropped_rows_leave_a_record_that_goes_on(tmp_path):
     store._connection.execute("PRAGMA query_only = ON")
     store.scalars(1, "m/output", "train", "value", ("mean",), np.array([2.0]))
     store.scalars(1, "n/output", "train", "value", ("mean",), np.array([3.0]))
-    with pytest.raises(StoreError, match="3 rows wait"):
+    with pytest.raises(StoreError, match="2 rows wait"):
         store.commit()
     store.drop_waiting()
     store._connection.execute("PRAGMA query_only = OFF")

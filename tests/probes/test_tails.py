@@ -118,7 +118,7 @@ def test_subsamples_side_by_side_reduce_as_each_by_itself():
     parts = [draw(tails.SAMPLES, width, mean=width) for width in (1, 3, 7)]
     joined = tails.reduce(torch.cat(parts, 1)).split([1, 3, 7], 1)
     for part, state in zip(parts, joined, strict=True):
-        torch.testing.assert_close(state, tails.reduce(part), rtol=1e-12, atol=0)
+        torch.testing.assert_close(state, tails.reduce(part), rtol=1e-6, atol=1e-4)  # float32 sums, in another order
 
 
 def test_a_subsample_is_a_copy():
