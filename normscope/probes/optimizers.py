@@ -51,6 +51,36 @@ def owner(parameter: torch.Tensor, among: Sequence[torch.optim.Optimizer]) -> tu
     return "", None
 
 
+# optimizers whose step is known, by the class of torch that defines it
+_RULES = {"SGD": "sgd", "Adam": "adam", "AdamW": "adam", "Muon": "muon"}
+
+
+def rule(parameter: torch.Tensor, among: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Return by which rule a parameter is updated, as far as it is known.
+
+    Args:
+        parameter: the parameter.
+        among: the optimizers of the run.
+
+    Returns:
+        rule ("sgd", "adam" or "muon"; "" where step is not one of torch's), decoupled (whether decay multiplies the
+        weight instead of joining the gradient), nesterov and dampening of the momentum; empty for no owner.
+    """
+    for optimizer in among:
+        for group in optimizer.param_groups:
+            if any(p is parameter for p in group["params"]):
+                step = type(optimizer).step
+                name = str(getattr(step, "__qualname__", "")).partition(".")[0]
+                torchs = str(getattr(step, "__module__", "")).startswith("torch.optim")
+                return {
+                    "rule": _RULES.get(name, "") if torchs else "",
+                    "decoupled": name in ("AdamW", "Muon") or bool(group.get("decoupled_weight_decay", False)),
+                    "nesterov": bool(group.get("nesterov", False)),
+                    "dampening": known(group.get("dampening", 0)) or 0,
+                }
+    return {}
+
+
 def known(value: Any) -> Any:
     """Return a number for the store: None stays unknown; NaN becomes infinity, both say "not finite"."""
     if value is None or isinstance(value, (str, int)):

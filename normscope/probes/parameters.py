@@ -1,9 +1,10 @@
-"""Parameters: norms of weights, of their gradients and of the last update; the gradient norm of every step."""
+"""Parameters: size and direction of weights, gradients and updates; the gradient norm of every step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +13,19 @@ from torch.nn.parameter import is_lazy
 
 from normscope.core.site import Site
 from normscope.probes import optimizers
+from normscope.probes.normalization import MAX_CHANNELS
 from normscope.probes.summary import Row, channel_row
 
 COPIED = 1 << 25  # bytes of weights copied before a sampled step at most, 32 MB
+
+
+class _Found(NamedTuple):
+    """A state on its device: of the weight or gradient a norm, of both their inner product, of a step `_moved`."""
+
+    name: str
+    role: str
+    stat: str
+    state: torch.Tensor
 
 
 class Parameters:
@@ -38,13 +49,13 @@ class Parameters:
         self._known: set[str] = set()
         self._copies: dict[int, dict[str, torch.Tensor]] = {}
         self._turn: dict[int, int] = {}
-        self._found: list[tuple[str, str, torch.Tensor]] = []
+        self._found: list[_Found] = []
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Copy weights, `COPIED` bytes of them at most; those left out have their turn at the next sampled step."""
         mine = self._mine(optimizer)
         again = {name for name, _ in mine}  # an optimizer that steps twice in a step is measured at its last
-        self._found = [item for item in self._found if item[0] not in again]
+        self._found = [item for item in self._found if item.name not in again]
         start = self._turn.get(id(optimizer), 0) % max(len(mine), 1)
         chosen: dict[str, torch.Tensor] = {}
         room = COPIED
@@ -58,56 +69,77 @@ class Parameters:
         self._turn[id(optimizer)] = start + len(chosen)
         self._copies[id(optimizer)] = chosen
 
-    def gradients(self, optimizer: torch.optim.Optimizer, scale: torch.Tensor | None) -> None:
-        """Measure weights, as they were before the step, and gradients, divided by the loss scale."""
-        mine = self._mine(optimizer)
+    def gradients(self, optimizer: torch.optim.Optimizer, scale: torch.Tensor | None, by_row: bool) -> None:
+        """Measure weights, as they were before the step, and gradients, divided by the loss scale.
+
+        Args:
+            optimizer: the optimizer whose parameters they are.
+            scale: loss scale that a fused optimizer undoes itself, None where gradients are as they should be.
+            by_row: whether norms and inner products are taken of each row (first index, a filter) of matrices.
+        """
         kept = self._copies.get(id(optimizer), {})
-        whole = [kept[name] if name in kept and kept[name].numel() == p.numel() else p for name, p in mine]
-        self._add("value", [name for name, _ in mine], norms(whole))
-        graded = [(name, p.grad) for name, p in mine if p.grad is not None]
-        found = norms([gradient for _, gradient in graded])
-        found = found if scale is None else [norm / scale.to(norm.device) for norm in found]
-        self._add("gradient", [name for name, _ in graded], found)
+        for name, parameter in self._mine(optimizer):
+            copied = name in kept and kept[name].numel() == parameter.numel()
+            weight = kept[name] if copied else parameter
+            rows = by_row and _has_rows(parameter)
+            self._add(name, "value", "norm", _row_norms(weight) if rows else norms([weight])[0])
+            if parameter.grad is None:
+                continue
+            gradient = _dense(parameter.grad)
+            rows = rows and gradient.shape == weight.shape
+            found = {"norm": _row_norms(gradient) if rows else norms([gradient])[0]}
+            if gradient.shape == weight.shape:
+                found["inner"] = _row_inner(weight, gradient) if rows else _inner(weight, gradient)
+            for stat, state in found.items():
+                self._add(name, "gradient", stat, state if scale is None else state / scale.to(state.device))
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure what the step has changed."""
         before = self._copies.pop(id(optimizer), {})
-        now = {name: p for name, p in self._mine(optimizer) if name in before}
-        for name, parameter in now.items():
-            before[name].sub_(_thinned(parameter))
-        found = norms([before[name] for name in now])
-        stretch = [math.sqrt(p.numel() / max(before[name].numel(), 1)) for name, p in now.items()]
-        self._add("update", list(now), [norm * factor for norm, factor in zip(found, stretch, strict=True)])
+        for name, parameter in self._mine(optimizer):
+            if name in before:
+                now = _thinned(parameter)
+                back = before[name].sub_(now)
+                stretch = parameter.numel() / max(now.numel(), 1)
+                self._add(name, "update", "moved", _moved(now, back, stretch))
 
     def states(self) -> list[torch.Tensor]:
-        """Return the norms measured in this step, on their devices."""
-        return [norm for *_, norm in self._found]
+        """Return what was measured in this step, on its devices."""
+        return [item.state for item in self._found]
 
-    def rows(self, values: Sequence[float], vectors: Mapping[str, np.ndarray]) -> list[Row]:
-        """Return rows with norm and rms of each parameter and role.
+    def rows(self, values: Sequence[np.ndarray], vectors: Mapping[str, np.ndarray]) -> list[Row]:
+        """Return rows with size and direction of each parameter and role.
 
         Args:
-            values: the norms of `states`, on the host.
+            values: `states` on the host.
             vectors: gains and biases of normalization layers by site, kept whole.
 
         Returns:
-            One row a parameter and role.
+            One row a parameter and role: norm and rms; of a gradient the cosine with its weight; of an update, in units
+            of the weight's norm, the length (relative), the part along the weight (radial), and the angle by which it
+            turns the weight, in radians.
         """
+        states: dict[str, dict[tuple[str, str], np.ndarray]] = {}
+        for item, value in zip(self._found, values, strict=True):
+            states.setdefault(item.name, {})[item.role, item.stat] = value
+        arrays: dict[tuple[str, str], dict[str, np.ndarray]] = {}
         scalars: dict[tuple[str, str], dict[str, float]] = {}
-        for (name, role, _), norm in zip(self._found, values, strict=True):
-            size = max(self._named[name].numel(), 1)
-            scalars[self._site(name), role] = {"norm": norm, "rms": norm / math.sqrt(size)}
-        for site in vectors:
+        for name, found in states.items():
+            site, size = self._site(name), max(self._named[name].numel(), 1)
+            for role, (whole, by_row) in _finished(found).items():
+                scalars[site, role] = {"norm": whole["norm"], "rms": whole["norm"] / math.sqrt(size)} | whole
+                arrays[site, role] = by_row
+        for site, vector in vectors.items():
             scalars.setdefault((site, "value"), {})
-        whole = {(site, "value"): {"value": vector.reshape(-1)} for site, vector in vectors.items()}
-        return [channel_row(*key, whole.get(key, {}), found) for key, found in scalars.items()]
+            arrays[site, "value"] = {"value": vector.reshape(-1)}
+        return [channel_row(*key, arrays.get(key, {}), found) for key, found in scalars.items()]
 
     def discard(self) -> None:
         """Forget what the step has left."""
         self._copies, self._found = {}, []
 
-    def _add(self, role: str, names: Sequence[str], found: Sequence[torch.Tensor]) -> None:
-        self._found += [(name, role, norm) for name, norm in zip(names, found, strict=True)]
+    def _add(self, name: str, role: str, stat: str, state: torch.Tensor) -> None:
+        self._found.append(_Found(name, role, stat, state))
 
     def _mine(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:
         held = (p for group in optimizer.param_groups for p in group["params"])
@@ -130,6 +162,7 @@ class Parameters:
                 "trainable": parameter.requires_grad,
                 "optimizer": optimizer,
                 "group": group,
+                **optimizers.rule(parameter, self._optimizers),
             }
             self._on_site(site, attributes)
         return site
@@ -172,6 +205,72 @@ def _square(x: torch.Tensor) -> torch.Tensor:
         return torch.dot(flat, flat)  # at memory bandwidth; vector_norm is slower on a CPU
     norm: torch.Tensor = torch.linalg.vector_norm(x, dtype=_wide(x))
     return norm.square_()
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the inner product of two tensors of one shape, as real vectors."""
+    a, b = a.detach(), b.detach()
+    if a.device.type == "cpu" and a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64):
+        return torch.dot(a.reshape(-1), b.reshape(-1))
+    wide = _wide(a) or a.dtype
+    product = a.to(wide) * b.to(wide).conj()
+    return (product.real if product.is_complex() else product).sum()
+
+
+def _has_rows(x: torch.Tensor) -> bool:
+    small = x.numel() * x.element_size() <= COPIED  # products of rows take a temporary of this size
+    return x.dim() > 1 and 0 < len(x) <= MAX_CHANNELS and x.numel() > 0 and small and not x.is_complex()
+
+
+def _row_norms(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x.detach().flatten(1), dim=1, dtype=_wide(x))
+
+
+def _row_inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    wide = _wide(a) or a.dtype
+    return (a.detach().to(wide) * b.to(wide)).flatten(1).sum(1)
+
+
+def _moved(now: torch.Tensor, back: torch.Tensor, stretch: float) -> torch.Tensor:
+    """Return |back|^2, <now, back> and |now|^2 of a weight and the way back to what it was, [3]."""
+    return torch.stack((_square(back), _inner(now, back), _square(now))) * stretch
+
+
+@np.errstate(all="ignore")  # a diverged run holds infinities, a bias of zeros has no direction
+def _finished(
+    found: Mapping[tuple[str, str], np.ndarray],
+) -> dict[str, tuple[dict[str, float], dict[str, np.ndarray]]]:
+    """Return scalars and arrays by row of each role, from the states of one parameter."""
+    result: dict[str, tuple[dict[str, float], dict[str, np.ndarray]]] = {}
+    for role in ("value", "gradient"):
+        norm = found.get((role, "norm"))
+        if norm is not None:
+            result[role] = ({"norm": float(np.sqrt((norm**2).sum()))}, {"row_norm": norm} if norm.ndim else {})
+    inner = found.get(("gradient", "inner"))
+    if inner is not None:
+        (value, by_row), (gradient, rows) = result["value"], result["gradient"]
+        gradient["cosine"] = float(inner.sum() / np.float64(value["norm"] * gradient["norm"]))
+        if inner.ndim:
+            rows["row_cosine"] = inner / (by_row["row_norm"] * rows["row_norm"])
+    if ("update", "moved") in found:
+        result["update"] = (_update(*found["update", "moved"]), {})
+    return result
+
+
+def _update(square: float, cross: float, after: float) -> dict[str, float]:
+    """Return size and direction of an update dw = w' - w from |dw|^2, -<w', dw> and |w'|^2.
+
+    The angle is atan2(tangential part, 1 + radial part): exact for tiny angles, where the arc cosine has no digits.
+    """
+    before = after + 2 * cross + square
+    relative, radial = np.sqrt(square / before), -(cross + square) / before
+    tangential = np.sqrt(np.maximum(relative**2 - radial**2, 0.0))
+    return {
+        "norm": float(np.sqrt(square)),
+        "relative": float(relative),
+        "radial": float(radial),
+        "angle": float(np.arctan2(tangential, 1 + radial)),
+    }
 
 
 def _thinned(x: torch.Tensor) -> torch.Tensor:

@@ -293,7 +293,7 @@ class Session:
         if self._row["grad_norm"] is None or isinstance(self._row["grad_norm"], list):
             self._row["grad_norm"] = [square for some in self._squares.values() for square in some]
         if self.active and "parameters" in self._probes:
-            self._parameters.gradients(optimizer, scale)
+            self._parameters.gradients(optimizer, scale, keeps_arrays(self._samples))
 
     # ---- finalization of a sampled step ----------------------------------------------------------------------------
 
@@ -331,7 +331,7 @@ class Session:
         tensors = [t for m in measured for t in m.tensors]
         host = iter(to_host([*tensors, *norms, *vectors.values(), *running.values()]))
         states = on_host(measured, host)
-        values = [float(next(host)) for _ in norms]
+        values = [next(host) for _ in norms]
         whole = {site: next(host) for site in vectors}
         kept = {name: next(host) for name in running}
         rows = []

@@ -1,0 +1,324 @@
+"""Scale: which weights are scale-invariant, how fast each turns, and whether growth and decay of its norm balance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from normscope.core.record import Record
+from normscope.metrics import tables
+
+PARTIAL = 0.05  # defect below which a weight counts as scale-invariant; a random direction has 1
+MIN_STEPS = 3  # steps with a gradient before that is said: by chance a single one stays below with probability 0.04
+BAND = (0.8, 1.25)  # balance in equilibrium
+_FACTS = ("module", "slot", "shape", "optimizer", "group", "rule", "decoupled", "nesterov", "dampening")
+_NOT_PARAMETERS = ("input", "running")
+
+
+# ---- closed forms --------------------------------------------------------------------------------------------------
+
+
+def response(momentum: float, *, rule: str = "sgd", nesterov: bool = False, dampening: float = 0.0) -> tuple[float, float]:
+    """Return the sum and the sum of squares of the weights by which one gradient enters all later updates.
+
+    SGD: (1 - d) a^k for momentum a and dampening d, with Nesterov 1 + a, then a^(k + 1). Adam: (1 - b) b^k.
+
+    Args:
+        momentum: a, or beta_1.
+        rule: "sgd" or "adam"; of another rule both are NaN.
+        nesterov: whether the momentum is Nesterov's, as torch computes it.
+        dampening: d, without effect where there is no momentum.
+
+    Returns:
+        Sum and sum of squares.
+
+    >>> response(0.5)
+    (2.0, 1.3333333333333333)
+    """
+    if rule == "adam":
+        return 1.0, (1 - momentum) / (1 + momentum)
+    if rule != "sgd":
+        return np.nan, np.nan
+    if nesterov:
+        return 1 / (1 - momentum), (1 + momentum) ** 2 + momentum**4 / (1 - momentum**2)
+    part = 1 - dampening if momentum else 1.0
+    return part / (1 - momentum), part**2 / (1 - momentum**2)
+
+
+def shrinkage(
+    rate: float, decay: float, momentum: float = 0.0, *, rule: str = "sgd", decoupled: bool = False, **options: float
+) -> float:
+    """Return the fraction of a weight's norm that decay takes away per step.
+
+    eta lambda where decay is decoupled; where it joins the gradient (L2), eta lambda times the sum of `response`, for SGD
+    with momentum eta lambda / (1 - a). For Adam with L2, which divides decay by the second moment, there is none.
+
+    Args:
+        rate: learning rate eta.
+        decay: lambda.
+        momentum: a, or beta_1.
+        rule: "sgd", "adam" or "muon".
+        decoupled: whether decay multiplies the weight.
+        options: nesterov and dampening, see `response`.
+
+    Returns:
+        The fraction; NaN where the rule does not say.
+    """
+    if decoupled:
+        return rate * decay
+    return rate * decay * response(momentum, rule=rule, **options)[0] if rule == "sgd" else np.nan  # type: ignore[arg-type]
+
+
+def equilibrium_angle(
+    rate: float, decay: float, momentum: float = 0.0, *, rule: str = "sgd", decoupled: bool = False, **options: float
+) -> float:
+    """Return the angle by which a scale-invariant weight turns per step once growth and decay of its norm balance.
+
+    With s1, s2 of `response` and k of `shrinkage`, growth (eta s1)^2 E|g|^2 = 2 k |w|^2 and angle^2 = eta^2 s2 E|g|^2 /
+    |w|^2, so angle = sqrt(2 k s2) / s1: sqrt(2 eta lambda / (1 + a)) for SGD with momentum, sqrt(2 eta lambda (1 - b) /
+    (1 + b)) for AdamW.
+
+    Args:
+        rate: learning rate eta.
+        decay: lambda.
+        momentum: a, or beta_1.
+        rule: "sgd" or "adam"; Muon's updates depend on one another through orthogonalization and have no such form.
+        decoupled: whether decay multiplies the weight.
+        options: nesterov and dampening, see `response`.
+
+    Returns:
+        Radians; NaN where there is no closed form.
+
+    >>> round(equilibrium_angle(0.1, 0.005, 0.9), 5)
+    0.02294
+    """
+    s1, s2 = response(momentum, rule=rule, **options)  # type: ignore[arg-type]
+    lost = shrinkage(rate, decay, momentum, rule=rule, decoupled=decoupled, **options)
+    return float(np.sqrt(2 * lost * s2) / s1)
+
+
+def time_constant(shrink: float, rule: str) -> float:
+    """Return the steps in which the distance from equilibrium falls by e: of |w|^4 for SGD, of |w|^2 for others.
+
+    A gradient of a scale-invariant loss falls as 1 / |w|, so SGD's growth of |w|^2 does as 1 / |w|^2; normalized updates
+    grow it at a constant rate.
+
+    Args:
+        shrink: see `shrinkage`.
+        rule: "sgd", "adam", "muon".
+
+    Returns:
+        1 / (4 shrink) for SGD, else 1 / (2 shrink); infinite without decay.
+    """
+    return 1 / ((4 if rule == "sgd" else 2) * shrink) if shrink > 0 else np.inf
+
+
+def steps_to_balance(balance: float, constant: float) -> float:
+    """Return the steps until the balance enters its band, at settings that stay.
+
+    Equilibrium over present (|w|^4 or |w|^2) is the balance B, and 1 / B - 1 falls by e per time constant.
+
+    Args:
+        balance: B now.
+        constant: time constant in steps.
+
+    Returns:
+        Steps, 0 inside the band.
+
+    >>> round(steps_to_balance(5.0, 1000.0))
+    1386
+    """
+    low, high = BAND
+    if low <= balance <= high:
+        return 0.0
+    if not balance > 0:
+        return np.inf
+    edge = high if balance > high else low
+    return float(constant * np.log((1 / balance - 1) / (1 / edge - 1)))
+
+
+def balance(relative: np.ndarray, radial: np.ndarray, shrink: np.ndarray) -> np.ndarray:
+    """Return growth of a norm over its decay, (|w'|^2 - (1 - k)^2 |w|^2) / ((1 - (1 - k)^2) |w|^2), for each step.
+
+    Args:
+        relative: |dw| / |w|.
+        radial: <w, dw> / |w|^2.
+        shrink: k, see `shrinkage`.
+
+    Returns:
+        1 where the norm stays, 0 where it only decays; NaN without decay.
+    """
+    lost = 2 * shrink - shrink**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(lost > 0, (2 * radial + relative**2 + lost) / lost, np.nan)
+
+
+# ---- what the record says ------------------------------------------------------------------------------------------
+
+
+def parameters(record: Record) -> pd.DataFrame:
+    """Return what is known of the parameters, indexed by site.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        The columns module, slot, shape (a list), optimizer, group, rule, decoupled, nesterov, dampening; and of the
+        normalization layer that takes the module's output as it is: feeds (its module, "" for none), norm, groups, eps.
+    """
+    frame = record.sites.reindex(columns=["site", "class", *_FACTS]).drop_duplicates("site", keep="last")
+    frame = frame[frame["class"] == "Parameter"].set_index("site").drop(columns="class")
+    frame["rule"] = frame["rule"].astype(object).where(frame["rule"].notna(), "")
+    for name in ("decoupled", "nesterov"):
+        frame[name] = frame[name].eq(True)
+    frame["dampening"] = pd.to_numeric(frame["dampening"], errors="coerce").fillna(0.0)
+    known = record.sites.reindex(columns=["module", "slot", "norm", "groups", "eps", "predecessor"])
+    known = known[known["norm"].notna() & known["predecessor"].notna() & known["slot"].eq("output")]
+    source = [tables.module_of(str(site)) for site in known["predecessor"]]
+    fed = known.assign(source=source).drop_duplicates("source").set_index("source").reindex(frame["module"])
+    for name in ("norm", "groups", "eps"):
+        frame[name] = fed[name].to_numpy()
+    frame["feeds"] = [name if isinstance(name, str) else "" for name in fed["module"]]
+    return frame
+
+
+def weights(record: Record) -> pd.DataFrame:
+    """Return the rows of `parameters` with two dimensions or more."""
+    frame = parameters(record)
+    return frame[[isinstance(shape, list) and len(shape) > 1 for shape in frame["shape"]]]
+
+
+def invariance(record: Record) -> pd.DataFrame:
+    """Return which weights are scale-invariant, in which units, and how far from it they are.
+
+    <w, grad> = 0 for a scale-invariant w (Euler). The defect of a unit is |<w, grad>| / (|w| |grad|) times the root of
+    its size, the median over units and the root mean square over steps: about 1 for random directions, 0 for invariance,
+    and by how much eps or another path breaks it in between. The smallest units are named whose defect stays below
+    `PARTIAL`.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        Indexed by site: unit ("row" for each row, a filter, by itself, "block" for groups of rows, "tensor" for the whole
+        only, "none", or "" where fewer than `MIN_STEPS` steps tell), units (their number), defect (of these units, of the
+        whole for "none"), n (steps), and from the last snapshot of a held problem, of the same units doubled, output and
+        gradient (NaN where there is none).
+    """
+    held = {
+        (role, stat): tables.table(record, stat, slot="*", role=role, phase="batch").ffill().tail(1)
+        for role in ("value", "gradient")
+        for stat in ("row_defect", "block_defect", "tensor_defect")
+    }
+    cosines = tables.arrays(record, "row_cosine", slot="*", role="gradient")
+    sizes = {role: tables.arrays(record, "row_norm", slot="*", role=role) for role in ("value", "gradient")}
+    whole = tables.table(record, "cosine", slot="*", role="gradient")
+    rows = []
+    for site, shape in weights(record)["shape"].items():
+        site, elements = str(site), float(np.prod(shape))
+        series = whole[site].to_numpy(float) if site in whole else np.empty(0)
+        unit, units, defect, n = _unit(site, elements, series[np.isfinite(series)], cosines, sizes)
+        found = [held[role, f"{unit if unit in _UNITS else 'tensor'}_defect"] for role in ("value", "gradient")]
+        values = [float(frame[site].iloc[-1]) if len(frame) and site in frame else np.nan for frame in found]
+        rows.append((site, unit, units, defect, n, *values))
+    columns = ["site", "unit", "units", "defect", "n", "output", "gradient"]
+    return pd.DataFrame(rows, columns=columns).set_index("site")
+
+
+_UNITS = ("row", "block", "tensor")
+Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _unit(
+    site: str, elements: float, whole: np.ndarray, cosines: Arrays, sizes: dict[str, Arrays]
+) -> tuple[str, int, float, int]:
+    """Return the smallest invariant units of a weight, their number, their defect and the steps that tell."""
+    steps, cosine = cosines.get(site, (np.empty(0), np.empty((0, 0))))
+    if len(steps):
+        value, gradient = (sizes[role][site][1] for role in ("value", "gradient"))
+        here = np.isin(sizes["value"][site][0], steps)
+        for units in _counts(cosine.shape[1]):
+            defect, n = _block_defect(cosine, value[here], gradient, units, elements)
+            if n >= MIN_STEPS and defect < PARTIAL:
+                return "row" if units == cosine.shape[1] else "block" if units > 1 else "tensor", units, defect, n
+    if len(whole) < MIN_STEPS:
+        return "", 1, np.nan, len(whole)
+    defect = float(np.sqrt(np.mean(whole**2) * elements))
+    return "tensor" if defect < PARTIAL else "none", 1, defect, len(whole)
+
+
+def _counts(rows: int) -> Iterator[int]:
+    """Yield into how many blocks of equal size rows can be put, the most first; whole is last."""
+    yield from (units for units in range(rows, 0, -1) if rows % units == 0)
+
+
+def _block_defect(
+    cosine: np.ndarray, value: np.ndarray, gradient: np.ndarray, units: int, elements: float
+) -> tuple[float, int]:
+    """Return the defect of blocks of rows, [steps, rows] each, and the number of steps with a gradient."""
+    shape = (len(cosine), units, -1)
+    inner = np.nan_to_num(cosine * value * gradient).reshape(shape).sum(2)
+    scale = np.sqrt((value**2).reshape(shape).sum(2) * (gradient**2).reshape(shape).sum(2))
+    known = scale > 0
+    told = known.any(axis=1)
+    if not told.any():
+        return np.nan, 0
+    ratios = np.abs(np.divide(inner, scale, out=np.full_like(inner, np.nan), where=known))[told]
+    median = np.nanmedian(ratios, axis=1) * np.sqrt(elements / units)
+    return float(np.sqrt(np.mean(median**2))), int(told.sum())
+
+
+def motion(record: Record) -> dict[str, pd.DataFrame]:
+    """Return for each parameter, by sampled step, how it moves and what its optimizer's settings imply.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        site -> frame indexed by step with rate, decay, momentum (of its group at that step), norm, relative, radial,
+        angle, effective (learning rate over |w|^2 for SGD, over |w| for Adam and Muon, whose updates do not depend on the
+        gradient's size), shrink, expected (angle) and balance; NaN where the optimizer's rule is not known.
+    """
+    known = parameters(record)
+    context = record.context.reindex(columns=["step", "optimizer", "group", "lr", "momentum", "decay"])
+    groups = {key: part.drop_duplicates("step") for key, part in context.groupby(["optimizer", "group"])}
+    measured = {
+        stat: tables.table(record, stat, slot="*", role="update") for stat in ("relative", "radial", "angle")
+    } | {"norm": tables.table(record, "norm", slot="*")}
+    found = {}
+    for site, facts in known.iterrows():
+        name = str(site)
+        if name in measured["angle"]:
+            columns = {stat: frame[name] for stat, frame in measured.items() if name in frame}
+            frame = pd.DataFrame(columns).dropna(subset="angle")
+            settings = groups.get((facts["optimizer"], facts["group"]))
+            found[name] = _implied(frame, settings, facts)
+    return found
+
+
+def _implied(frame: pd.DataFrame, settings: pd.DataFrame | None, facts: pd.Series) -> pd.DataFrame:
+    """Add what the settings of a parameter's group imply."""
+    if settings is None:
+        settings = pd.DataFrame(columns=["step", "lr", "momentum", "decay"])
+    at = settings.set_index("step").reindex(frame.index)
+    rate, decay = at["lr"].astype(float), at["decay"].astype(float).fillna(0.0)
+    momentum = at["momentum"].astype(float).fillna(0.0)
+    rule = str(facts["rule"])
+    options = {name: facts[name] for name in ("nesterov", "dampening")} | {"rule": rule, "decoupled": facts["decoupled"]}
+    each = list(zip(rate, decay, momentum, strict=True))
+    shrink = np.array([shrinkage(*values, **options) for values in each], float)
+    expected = [equilibrium_angle(*values, **options) for values in each]
+    power = {"sgd": 2, "adam": 1, "muon": 1}.get(rule, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        effective = rate / frame["norm"] ** power
+    return frame.assign(
+        rate=rate,
+        decay=decay,
+        momentum=momentum,
+        effective=effective,
+        shrink=shrink,
+        expected=expected,
+        balance=balance(frame["relative"].to_numpy(float), frame["radial"].to_numpy(float), shrink),
+    )
