@@ -149,8 +149,8 @@ def attach(
         every: a step is sampled if its index is a multiple of this.
         layers: which modules to watch: a glob over module paths ("layer3.*"), a module type, or a sequence of these; a
             match brings the modules below it. All by default.
-        probes: which of "moments", "tails", "parameters", "normalization", "population"; all by default.
-        problem: loss and held batches for what compares training with evaluation.
+        probes: which of "moments", "tails", "parameters", "normalization", "population", "invariance"; all by default.
+        problem: loss and held batches for what compares training with evaluation, and a weight with its double.
         scaler: the `torch.amp.GradScaler`, so that its scale is undone and skipped steps are known.
         reduction: how the loss joins the samples of a batch, "mean" or "sum".
 

@@ -17,7 +17,7 @@ from normscope.core.schedule import is_sampled, keeps_arrays
 from normscope.core.site import Site
 from normscope.core.store import Store
 from normscope.norms.recognize import NormParts
-from normscope.probes import layout, optimizers, population, summary
+from normscope.probes import invariance, layout, optimizers, population, summary
 from normscope.probes.activations import Activations, on_host
 from normscope.probes.normalization import MAX_CHANNELS, Normalization
 from normscope.probes.parameters import Parameters, squared_norm
@@ -26,7 +26,7 @@ from normscope.probes.transfer import to_host
 
 log = logging.getLogger("normscope")
 
-PROBES = ("moments", "tails", "parameters", "normalization", "population")
+PROBES = ("moments", "tails", "parameters", "normalization", "population", "invariance")
 _PATIENCE = 100  # repeated steps of one optimizer before the others are asked for
 _FLUSH_STEPS = 256  # contexts of steps that wait for a sampled step at most
 _GIVE_UP_ROWS = 500_000  # rows that wait for a full disk before they are dropped
@@ -66,7 +66,7 @@ class Session:
     ) -> None:
         """Set the first step up as sampled; see the class."""
         self.store, self.every, self.problem, self.scaler = store, every, problem, scaler
-        self._norms, self._optimizers = norms, tuple(stepped)
+        self._norms, self._optimizers, self._named = norms, tuple(stepped), named
         self._probes = set(probes)
         self._activations = Activations(norms, self._probes, self._on_site, self.fail)
         self._parameters = Parameters(named, self._optimizers, self._on_site)
@@ -199,7 +199,7 @@ class Session:
             self._activations.discard()
             if self._latest is not None:
                 step, rows = self._latest
-                fresh = self._snapshot(step) if measure else []
+                fresh = self._snapshot(step, ("population", "invariance")) if measure else []
                 for phase, row in fresh:
                     self.store.scalars(step, row.site, phase, row.role, row.stats, row.values)
                 for phase, row in [*rows, *fresh]:
@@ -303,7 +303,7 @@ class Session:
         self._samples += 1
         keep = keeps_arrays(self._samples - 1)
         if keep:
-            rows += self._snapshot(self.step)
+            rows += self._snapshot(self.step, ("population", "invariance") if self._samples == 1 else ("population",))
         for phase, row in rows:
             self.store.scalars(self.step, row.site, phase, row.role, row.stats, row.values)
             if keep:
@@ -344,19 +344,29 @@ class Session:
         rows += self._normalization.rows(inputs, self._activations.owners, kept, calls, whole)
         return summary.joined(rows)
 
-    def _snapshot(self, step: int) -> list[tuple[str, summary.Row]]:
-        if self.problem is None or "population" not in self._probes:
+    def _snapshot(self, step: int, probes: Sequence[str]) -> list[tuple[str, summary.Row]]:
+        if self.problem is None:
             return []
         active, self.active, self._suspended = self.active, False, True
+        rows: list[tuple[str, summary.Row]] = []
         try:
-            found = population.measure(self.problem, self._norms)
-        except Exception as error:  # the run goes on
-            self.fail("population", "", error)
-            return []
+            for probe in probes:
+                rows += self._held(probe, self.problem) if probe in self._probes else []
         finally:
             self.active, self._suspended = active, False
         if step == 0 and not self._activations.knows("", 0, "output"):
             self._on_site(str(Site("", 0, "output")), {"module": "", "call": 0, "slot": "output", "class": "model"})
+        return rows
+
+    def _held(self, probe: str, problem: Problem) -> list[tuple[str, summary.Row]]:
+        try:
+            if probe == "population":
+                found = population.measure(problem, self._norms)
+            else:
+                found = invariance.measure(problem, self._norms, self._named)
+        except Exception as error:  # the run goes on
+            self.fail(probe, "", error)
+            return []
         return [(phase, row) for phase, rows in found.items() for row in rows]
 
     def _on_site(self, site: str, attributes: dict[str, object]) -> None:
