@@ -34,13 +34,16 @@ class Source:
 # short keys of works that the catalog holds; one listed twice there stands for the first of its entries
 ALIASES: dict[str, str] = {
     "ioffe2015": "S007",
+    "ba2016": "S011",
     "summers2020": "S015",
     "ioffe2017": "S065",
     "wu2021": "S079",
+    "vanlaarhoven2017": "S125",
     "yang2019": "S139",
     "nado2020": "S152",
     "li2016": "S155",
     "schneider2020": "S167",
+    "liu2017": "S204",
 }
 
 _ARXIV = "https://arxiv.org/abs/"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.core.record import Record
-from normscope.diagnostics import mismatch, propagation, run
+from normscope.diagnostics import mismatch, propagation, run, scale
 from normscope.metrics import tables
 
 Diagnostic = Callable[[Record], list[Finding]]
@@ -29,6 +29,13 @@ DIAGNOSTICS: tuple[Diagnostic, ...] = (
     propagation.non_finite,
     propagation.outlier_channels,
     propagation.eps_dominates,
+    scale.invariance,
+    scale.effective_rate,
+    scale.equilibrium,
+    scale.decay,
+    scale.gain_decay,
+    scale.bias_before_norm,
+    scale.gain_collapse,
     mismatch.running_statistics,
     mismatch.train_eval_gap,
     mismatch.never_updated,

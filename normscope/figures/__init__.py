@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normscope.core.figure import Figure
-from normscope.figures import mismatch, propagation, run
+from normscope.figures import mismatch, propagation, run, scale
 
 FIGURES: tuple[Figure, ...] = (
     propagation.SIGNAL,
@@ -14,6 +14,12 @@ FIGURES: tuple[Figure, ...] = (
     propagation.SATURATED,
     propagation.OUTLIERS,
     propagation.EPS_WEIGHT,
+    scale.DEFECTS,
+    scale.RATES,
+    scale.ANGLES,
+    scale.NORMS,
+    scale.GAINS,
+    scale.BIASES,
     mismatch.DRIFT,
     mismatch.LOSSES,
     mismatch.UPDATES,

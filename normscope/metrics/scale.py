@@ -13,6 +13,7 @@ from normscope.metrics import tables
 PARTIAL = 0.05  # defect below which a weight counts as scale-invariant; a random direction has 1
 MIN_STEPS = 3  # steps with a gradient before that is said: by chance a single one stays below with probability 0.04
 BAND = (0.8, 1.25)  # balance in equilibrium
+GONE = 0.01  # of a layer's usual gain
 _FACTS = ("module", "slot", "shape", "optimizer", "group", "rule", "decoupled", "nesterov", "dampening")
 _NOT_PARAMETERS = ("input", "running")
 
@@ -20,7 +21,9 @@ _NOT_PARAMETERS = ("input", "running")
 # ---- closed forms --------------------------------------------------------------------------------------------------
 
 
-def response(momentum: float, *, rule: str = "sgd", nesterov: bool = False, dampening: float = 0.0) -> tuple[float, float]:
+def response(
+    momentum: float, *, rule: str = "sgd", nesterov: bool = False, dampening: float = 0.0
+) -> tuple[float, float]:
     """Return the sum and the sum of squares of the weights by which one gradient enters all later updates.
 
     SGD: (1 - d) a^k for momentum a and dampening d, with Nesterov 1 + a, then a^(k + 1). Adam: (1 - b) b^k.
@@ -259,9 +262,10 @@ def _block_defect(
 ) -> tuple[float, int]:
     """Return the defect of blocks of rows, [steps, rows] each, and the number of steps with a gradient."""
     shape = (len(cosine), units, -1)
-    inner = np.nan_to_num(cosine * value * gradient).reshape(shape).sum(2)
-    scale = np.sqrt((value**2).reshape(shape).sum(2) * (gradient**2).reshape(shape).sum(2))
-    known = scale > 0
+    with np.errstate(invalid="ignore", over="ignore"):  # a diverged run holds infinities
+        inner = np.where(gradient > 0, cosine * value * gradient, 0.0).reshape(shape).sum(2)
+        scale = np.sqrt((value**2).reshape(shape).sum(2) * (gradient**2).reshape(shape).sum(2))
+    known = (scale > 0) & np.isfinite(scale) & np.isfinite(inner)
     told = known.any(axis=1)
     if not told.any():
         return np.nan, 0
@@ -306,7 +310,10 @@ def _implied(frame: pd.DataFrame, settings: pd.DataFrame | None, facts: pd.Serie
     rate, decay = at["lr"].astype(float), at["decay"].astype(float).fillna(0.0)
     momentum = at["momentum"].astype(float).fillna(0.0)
     rule = str(facts["rule"])
-    options = {name: facts[name] for name in ("nesterov", "dampening")} | {"rule": rule, "decoupled": facts["decoupled"]}
+    options = {name: facts[name] for name in ("nesterov", "dampening")} | {
+        "rule": rule,
+        "decoupled": facts["decoupled"],
+    }
     each = list(zip(rate, decay, momentum, strict=True))
     shrink = np.array([shrinkage(*values, **options) for values in each], float)
     expected = [equilibrium_angle(*values, **options) for values in each]
@@ -322,3 +329,132 @@ def _implied(frame: pd.DataFrame, settings: pd.DataFrame | None, facts: pd.Serie
         expected=expected,
         balance=balance(frame["relative"].to_numpy(float), frame["radial"].to_numpy(float), shrink),
     )
+
+
+def summary(record: Record) -> pd.DataFrame:
+    """Return for each scale-invariant weight how its norm and its angle per step developed, and whether they balance.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        Indexed by site, in order of execution: unit (see `invariance`), rule, feeds; steps (from the first sampled one to
+        the end of the run), norm_first, norm_last, rate_first, rate_last, effective_first, effective_last; of the
+        late window angle and expected (in radians, root mean squares), decay, balance with balance_error (of a mean of
+        independent steps) and constant (in steps); exposure, the time constants that the run has lasted, and consumed,
+        the sum of `shrinkage` over its steps; settings between sampled steps are taken from the last sampled one.
+    """
+    units, known, moves = invariance(record), parameters(record), motion(record)
+    end = int(record.context["step"].max()) + 1 if len(record.context) else 0
+    rows = {}
+    for site in units.index[units["unit"].isin(_UNITS)]:
+        frame = moves.get(str(site), pd.DataFrame())
+        if len(frame) >= MIN_STEPS:
+            facts = {"unit": units["unit"][site], "rule": known["rule"][site], "feeds": known["feeds"][site]}
+            rows[str(site)] = facts | _developed(frame, end, str(known["rule"][site]))
+    return pd.DataFrame.from_dict(rows, orient="index", columns=None if rows else list(_SUMMARY)).rename_axis("site")
+
+
+_SUMMARY = ("unit", "rule", "feeds", "steps", "norm_first", "norm_last", "rate_first", "rate_last", "effective_first")
+_SUMMARY += ("effective_last", "angle", "expected", "decay", "balance", "balance_error", "constant")
+_SUMMARY += ("exposure", "consumed")
+
+
+def _developed(frame: pd.DataFrame, end: int, rule: str) -> dict[str, float]:
+    late = frame.tail(max(MIN_STEPS, len(frame) // tables.LATE_FRACTION))
+    steps = np.diff(np.append(frame.index.to_numpy(), max(end, int(frame.index[-1]) + 1)))
+    constants = np.array([time_constant(k, rule) for k in frame["shrink"]])
+    lost = (2 * late["shrink"] - late["shrink"] ** 2).to_numpy(float)
+    balances = late["balance"].to_numpy(float)
+    return {
+        "steps": float(steps.sum()),
+        **{f"{name}_{end}": float(frame[name].iloc[i]) for name in ("norm", "rate", "effective") for end, i in _ENDS},
+        "angle": float(np.sqrt((late["angle"] ** 2).mean())),
+        "expected": float(np.sqrt((late["expected"] ** 2).mean(skipna=False))),
+        "decay": float(late["decay"].median()),
+        "balance": float((balances * lost).sum() / lost.sum()) if (lost > 0).all() else np.nan,
+        "balance_error": float(balances.std(ddof=1) / np.sqrt(len(late))),
+        "constant": float(np.median(constants[-len(late) :])),
+        "exposure": float((steps / constants).sum()),
+        "consumed": float((steps * frame["shrink"]).sum(skipna=False)),
+    }
+
+
+_ENDS = (("first", 0), ("last", -1))
+
+
+def gains(record: Record) -> pd.DataFrame:
+    """Return what became of the gains of normalization layers, by which they multiply each channel.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        Indexed by site of the gain: gone, the fraction of channels whose gain is now below `GONE` times what is usual in
+        the layer (its median at the start or, where that is zero, its largest now), first_max and last_max of |gain|,
+        decay of its parameter group, and n, the channels; a layer that multiplies by 1 + gain counts that sum.
+    """
+    known, moves = _norm_parameters(record), motion(record)
+    rows = []
+    for site, facts in known[known["gain"] == known["slot"]].iterrows():
+        steps, values = tables.arrays(record, "value", slot=str(facts["slot"])).get(
+            str(site), (np.empty(0), np.empty(0))
+        )
+        if len(steps):
+            size = np.abs(values + (facts["gain_offset"] if np.isfinite(facts["gain_offset"]) else 0.0))
+            usual = float(np.median(size[0])) or float(size[-1].max())
+            gone = float((size[-1] < GONE * usual).mean()) if usual > 0 and np.isfinite(size[-1]).all() else np.nan
+            decay = float(moves[str(site)]["decay"].iloc[-1]) if str(site) in moves else np.nan
+            rows.append((site, gone, float(size[0].max()), float(size[-1].max()), decay, size.shape[1]))
+    columns = ["site", "gone", "first_max", "last_max", "decay", "n"]
+    return pd.DataFrame(rows, columns=columns).set_index("site")
+
+
+def decayed_norms(record: Record) -> list[str]:
+    """Return the gains and biases of normalization layers that decay acts on, in order of execution.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        Sites.
+    """
+    moves = motion(record)
+    return [str(site) for site in _norm_parameters(record).index if str(site) in moves and _decays(moves[str(site)])]
+
+
+def _decays(frame: pd.DataFrame) -> bool:
+    return len(frame) > 0 and bool(frame["decay"].iloc[-1] > 0)
+
+
+def _norm_parameters(record: Record) -> pd.DataFrame:
+    """Return the rows of `parameters` that belong to normalization layers, with gain and gain_offset of the layer."""
+    layers = record.sites.reindex(columns=["module", "slot", "norm", "gain", "gain_offset"])
+    layers = layers[layers["norm"].notna()].drop_duplicates("module").set_index("module")
+    frame = parameters(record)
+    frame = frame[frame["module"].isin(layers.index)]
+    found = layers[["gain", "gain_offset"]].reindex(frame["module"]).set_axis(frame.index)
+    return frame.join(found.assign(gain_offset=pd.to_numeric(found["gain_offset"], errors="coerce")))
+
+
+def idle_biases(record: Record) -> pd.DataFrame:
+    """Return the biases right before a batch or instance normalization, which takes each channel's mean away.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        Indexed by site: feeds, and share, the largest norm of its gradient over that of the weight beside it, in the late
+        window: 0 up to rounding where the bias has no effect.
+    """
+    known = parameters(record)
+    known = known[known["slot"].eq("bias") & known["norm"].isin(["batch", "instance"])]
+    norms = tables.table(record, "norm", slot="*", role="gradient")
+    rows = []
+    for site, module in known["module"].items():
+        pair = [name for name in (str(site), f"{module}/weight") if name in norms]
+        if len(pair) == 2:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                share = tables.late(norms[pair[0]] / norms[pair[1]])
+            rows.append((site, known["feeds"][site], float(share.max()) if len(share) else np.nan))
+    return pd.DataFrame(rows, columns=["site", "feeds", "share"]).set_index("site")

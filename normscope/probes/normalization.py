@@ -154,6 +154,8 @@ def attributes(parts: NormParts) -> dict[str, object]:
         "momentum": parts.momentum,
         "groups": parts.groups,
         "has_running": parts.has_running,
+        "gain": parts.gain,
+        "gain_offset": parts.gain_offset,
     }
 
 

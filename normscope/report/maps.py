@@ -76,8 +76,18 @@ QUANTITIES: tuple[Quantity, ...] = (
         (Stat("drift", "drift from the batch", "log"), _VAR, _MEAN, Stat("change", "relative change", "log")),
     ),
     Quantity("parameters", (), "value", (_NORM, Stat("value", "gain or bias", "signed"))),
-    Quantity("gradients of parameters", (), "gradient", (_NORM,)),
-    Quantity("updates of parameters", (), "update", (_NORM,)),
+    Quantity("gradients of parameters", (), "gradient", (_NORM, Stat("cosine", "cosine with the weight", "signed"))),
+    Quantity(
+        "updates of parameters",
+        (),
+        "update",
+        (
+            _NORM,
+            Stat("angle", "angle by which the weight turns", "log"),
+            Stat("relative", "relative to the weight", "log"),
+            Stat("radial", "relative, along the weight", "signed"),
+        ),
+    ),
 )
 # of these NaN means that a value was NaN; of the others that there is nothing to compute
 _FINITE = frozenset({"mean", "var", "rms", "max", "norm", "value"})
