@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -9,6 +11,7 @@ from normscope.core.finding import Finding, Verdict
 from normscope.core.record import Record
 from normscope.diagnostics.rule import Rule
 from normscope.diagnostics.words import count, fold
+from normscope.metrics import equilibrium as forms
 from normscope.metrics import scale as metrics
 from normscope.metrics import tables
 
@@ -24,7 +27,7 @@ EPS_SHARE = 0.1  # of the denominator of a normalization layer
 INVARIANCE = Rule(
     id="scale.invariance",
     threshold=metrics.PARTIAL,
-    threshold_source="identity: <w, grad> = 0 for a scale-invariant weight, where a random direction has a defect of 1; "
+    threshold_source="identity: <w, grad> = 0 for a scale-invariant weight, a random direction has a defect of 1; "
     "measured: below 3e-4 at every weight before BatchNorm in float32, above 1 at every other weight",
     source="ba2016",
     cause="Something else than the normalized output depends on the size of this weight.",
@@ -36,14 +39,14 @@ EFFECTIVE_RATE = Rule(
     threshold_source="measured: in healthy runs of 300 to 1500 steps, with and without decay, norms change less than "
     "4-fold; identity: a weight that turns by 0.3 rad per step forgets its direction in 1 / 0.3^2 = 11 steps",
     source="vanlaarhoven2017",
-    cause="The first steps were so long that they inflated the weight: of a scale-invariant weight only the learning rate "
-    "over its squared norm counts.",
+    cause="The first steps were so long that they inflated the weight: of a scale-invariant weight only the learning "
+    "rate over its squared norm counts.",
     remedy="Lower the learning rate or warm it up (torch.optim.lr_scheduler.LinearLR), and give these weights decay "
     "(weight_decay= of their parameter group), which brings the norm back.",
 )
 EQUILIBRIUM = Rule(
     id="scale.equilibrium",
-    threshold=metrics.BAND[1],
+    threshold=forms.BAND[1],
     threshold_source="identity: the balance is 1 where the norm stays; measured: 0.8 to 1.25 for AdamW and Muon in "
     "equilibrium",
     source="kosson2023",
@@ -54,13 +57,13 @@ EQUILIBRIUM = Rule(
 DECAY = Rule(
     id="scale.decay",
     threshold=LASTED,
-    threshold_source="identity: decay shrinks a norm by exp(-sum of eta lambda), |w|^4 (SGD) or |w|^2 (others) relaxes in "
-    "one time constant",
+    threshold_source="identity: decay shrinks a norm by exp(-sum of eta lambda); |w|^4 (SGD) or |w|^2 (others) relaxes "
+    "in one time constant",
     source="kosson2023",
     cause="Weight decay is zero or too weak to act within the run, so norms grow and effective learning rates fall on "
     "their own schedule.",
-    remedy="Set weight_decay of the parameter group to the value stated, or leave it and let the learning rate schedule "
-    "do what decay would.",
+    remedy="Set weight_decay of the parameter group to the value stated, or leave it and let the learning rate "
+    "schedule do what decay would.",
 )
 GAIN_DECAY = Rule(
     id="scale.gain-decay",
@@ -68,8 +71,8 @@ GAIN_DECAY = Rule(
     threshold_source="identity: weight_decay of the parameter group that holds the gains and biases",
     source="summers2020",
     cause="All parameters are in one group, so decay pulls gains and biases of normalization layers to zero as well.",
-    remedy="Put parameters of one dimension in a group of their own: torch.optim.AdamW([{'params': matrices}, {'params': "
-    "vectors, 'weight_decay': 0.0}]). With Muon decay on gains is wanted: it keeps them bounded.",
+    remedy="Put parameters of one dimension in a group of their own: torch.optim.AdamW([{'params': matrices}, "
+    "{'params': vectors, 'weight_decay': 0.0}]). With Muon decay on gains is wanted: it keeps them bounded.",
 )
 BIAS_BEFORE_NORM = Rule(
     id="scale.bias-before-norm",
@@ -82,12 +85,12 @@ BIAS_BEFORE_NORM = Rule(
 GAIN_COLLAPSE = Rule(
     id="scale.gain-collapse",
     threshold=COLLAPSED,
-    threshold_source="measured: gains below a hundredth of the usual one are 0 in healthy runs, 0.18 and 0.68 of all with "
-    "an L1 penalty of 1e-3 and 1e-2 on them",
+    threshold_source="measured: gains below a hundredth of the usual one are 0 in healthy runs, 0.18 and 0.68 of all "
+    "with an L1 penalty of 1e-3 and 1e-2 on them",
     source="liu2017",
     cause="A penalty or decay on the gains, or a branch that training does not use, has driven them to zero.",
-    remedy="Take the gains out of weight decay (a parameter group with weight_decay=0.0); if they were to become sparse, "
-    "remove the channels.",
+    remedy="Take the gains out of weight decay (a parameter group with weight_decay=0.0); if they were to become "
+    "sparse, remove the channels.",
 )
 
 
@@ -119,12 +122,12 @@ def invariance(record: Record) -> list[Finding]:
         largest = f" ({', '.join(units)}); largest defect {kept['defect'].max():.1g}" if len(kept) else ""
         return INVARIANCE.ok(f"{said}{largest} (threshold {metrics.PARTIAL:g}).", evidence)
     site = str(broken.index[0])
-    defect, facts = float(broken["defect"].iloc[0]), known.loc[site]
+    defect, facts = float(broken["defect"].iloc[0]), known.to_dict("index")[site]
     cause, remedy = _breaking(record, facts)
     return INVARIANCE.found(
         Verdict.NOTE,
-        f"{site} feeds {facts['feeds']} and is not scale-invariant: its gradient has a defect of {defect:.2g}, 0 expected "
-        f"(threshold {metrics.PARTIAL:g}); {said}.",
+        f"{site} feeds {facts['feeds']} and is not scale-invariant: its gradient has a defect of {defect:.2g}, "
+        f"0 expected (threshold {metrics.PARTIAL:g}); {said}.",
         sites=[str(name) for name in broken.index],
         evidence=evidence | {"largest_defect": defect},
         cause=cause,
@@ -163,7 +166,8 @@ def effective_rate(record: Record) -> list[Finding]:
         shrunk = top["change"] < 1
         return EFFECTIVE_RATE.found(
             Verdict.WARNING,
-            f"{said} (threshold {NORM:g}-fold of the norm); {len(beyond)} of {len(frame)} scale-invariant weights beyond it.",
+            f"{said} (threshold {NORM:g}-fold of the norm); {len(beyond)} of {len(frame)} scale-invariant weights are "
+            "beyond it.",
             sites=[str(name) for name in beyond.index],
             step=_onset(record, site, top),
             evidence=evidence | {"weights_beyond": len(beyond)},
@@ -197,7 +201,7 @@ def equilibrium(record: Record) -> list[Finding]:
     frame = frame[frame["exposure"] >= LASTED]
     if not len(frame):
         return []
-    low, high = metrics.BAND
+    low, high = forms.BAND
     slack = 2 * frame["balance_error"].fillna(0.0)
     out = frame[(frame["balance"] > high + slack) | (frame["balance"] < low - slack)]
     off = np.abs(np.log(out["balance"].clip(lower=1e-3)))
@@ -212,11 +216,11 @@ def equilibrium(record: Record) -> list[Finding]:
         expected_angle=expected,
         constant=top["constant"],
     )
-    said = f"{site}: its norm grows {top['balance']:.2g} times as fast as it decays (equilibrium {low:g} to {high:g}), and "
-    said += f"it turns by {angle:.2g} rad per step{theory}"
+    said = f"{site}: its norm grows {top['balance']:.2g} times as fast as it decays (equilibrium {low:g} to {high:g}), "
+    said += f"and it turns by {angle:.2g} rad per step{theory}"
     if not len(out):
         return EQUILIBRIUM.ok(f"{said}; all {len(frame)} judged weights are within.", evidence)
-    left = metrics.steps_to_balance(float(top["balance"]), float(top["constant"]))
+    left = forms.steps_to_balance(float(top["balance"]), float(top["constant"]))
     when = f"at these settings balance takes {left:.2g} more steps; " if np.isfinite(left) else ""
     return EQUILIBRIUM.found(
         Verdict.NOTE,
@@ -239,7 +243,7 @@ def decay(record: Record) -> list[Finding]:
     frame = frame.assign(growth=frame["norm_last"] / frame["norm_first"])
     none = frame[frame["decay"] == 0].sort_values("growth", ascending=False)
     weak = frame[(frame["decay"] > 0) & (frame["exposure"] < LASTED)].sort_values("balance", ascending=False)
-    weak = weak[weak["balance"] > metrics.BAND[1] + 2 * weak["balance_error"].fillna(0.0)]
+    weak = weak[weak["balance"] > forms.BAND[1] + 2 * weak["balance_error"].fillna(0.0)]
     if len(none) and none["growth"].iloc[0] > GROWN:
         return _no_decay(none[none["growth"] > GROWN], len(frame))
     if len(weak):
@@ -298,8 +302,8 @@ def bias_before_norm(record: Record) -> list[Finding]:
     site, share = str(idle.index[0]), float(idle["share"].max())
     return BIAS_BEFORE_NORM.found(
         Verdict.NOTE,
-        f"The bias has no effect at {count(len(idle), 'layer')}, as {site} before {idle['feeds'].iloc[0]}: its gradient is at "
-        f"most {share:.1g} of that of the weight beside it, 0 expected (threshold {IDLE:g}).",
+        f"The bias has no effect at {count(len(idle), 'layer')}, as {site} before {idle['feeds'].iloc[0]}: its gradient "
+        f"is at most {share:.1g} of that of the weight beside it, 0 expected (threshold {IDLE:g}).",
         sites=[str(name) for name in idle.index],
         evidence={"biases": len(idle), "gradient_share": share},
     )
@@ -337,14 +341,15 @@ def _numbers(**values: float) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}
 
 
-def _breaking(record: Record, facts: pd.Series) -> tuple[str | None, str | None]:
+def _breaking(record: Record, facts: Mapping[Hashable, object]) -> tuple[str | None, str | None]:
     """Name what most likely breaks the invariance of a weight before a normalization layer, and what to do."""
     layer = str(facts["feeds"])
     shares = tables.table(record, "eps_weight.q50", slot="input")
     share = float(tables.late(shares[f"{layer}/input"]).median()) if f"{layer}/input" in shares else np.nan
     if share > EPS_SHARE:
         return (
-            f"eps is {share:.0%} of the denominator of {layer}, so it divides by a constant; see propagation.eps-dominates.",
+            f"eps is {share:.0%} of the denominator of {layer}, so it divides by a constant; see "
+            "propagation.eps-dominates.",
             "Use a smaller eps, or a larger input of that layer.",
         )
     training = tables.table(record, "training", slot="running")
@@ -379,8 +384,8 @@ def _too_fast(fast: pd.DataFrame, evidence: dict[str, float]) -> list[Finding]:
         sites=[str(name) for name in fast.index],
         evidence=evidence | {"weights_beyond": len(fast)},
         cause="The learning rate is too high for the size of these weights.",
-        remedy="Lower the learning rate, or the product of learning rate and weight_decay: in equilibrium the angle is the "
-        "root of twice it.",
+        remedy="Lower the learning rate, or the product of learning rate and weight_decay: in equilibrium the angle is "
+        "the root of twice it.",
     )
 
 
@@ -412,13 +417,13 @@ def _no_decay(none: pd.DataFrame, weights: int) -> list[Finding]:
     said = f", which alone divides its effective learning rate by {lost:.2g}" if np.isfinite(lost) else ""
     return DECAY.found(
         Verdict.NOTE,
-        f"{none.index[0]} has no decay and its norm has grown {fold(top['growth'])} in {top['steps']:.0f} steps (threshold "
-        f"{GROWN:g}){said}; {len(none)} of {weights} scale-invariant weights.",
+        f"{none.index[0]} has no decay and its norm has grown {fold(top['growth'])} in {top['steps']:.0f} steps "
+        f"(threshold {GROWN:g}){said}; {len(none)} of {weights} scale-invariant weights.",
         sites=[str(name) for name in none.index],
         evidence=_numbers(growth=top["growth"], weights=len(none)),
         cause="Without decay the norm of a scale-invariant weight can only grow, by the square of each step's length.",
-        remedy="Set weight_decay of their parameter group, such that learning rate times weight_decay times steps is about "
-        "1; if the run is short, nothing need be done.",
+        remedy="Set weight_decay of their parameter group, such that learning rate times weight_decay times steps is "
+        "about 1; if the run is short, nothing need be done.",
     )
 
 
@@ -427,9 +432,9 @@ def _weak_decay(weak: pd.DataFrame, weights: int) -> list[Finding]:
     hint = float(top["decay"] / top["consumed"]) if top["consumed"] > 0 else np.nan
     return DECAY.found(
         Verdict.NOTE,
-        f"{weak.index[0]}: decay has not acted in {top['steps']:.0f} steps, {top['exposure']:.2g} time constants (threshold "
-        f"{LASTED:g}): its norm grows {top['balance']:.2g} times as fast as it decays; {len(weak)} of {weights} "
-        f"scale-invariant weights; within a run of this length a weight_decay near {hint:.2g} would act.",
+        f"{weak.index[0]}: decay has not acted in {top['steps']:.0f} steps, {top['exposure']:.2g} time constants "
+        f"(threshold {LASTED:g}): its norm grows {top['balance']:.2g} times as fast as it decays; {len(weak)} of "
+        f"{weights} scale-invariant weights; within a run of this length a weight_decay near {hint:.2g} would act.",
         sites=[str(name) for name in weak.index],
         evidence=_numbers(
             balance=top["balance"],

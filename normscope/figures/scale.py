@@ -88,7 +88,7 @@ RATES = Figure(
     columns=("step", "rate", "site"),
     x_label="step",
     y_label="learning rate over |w|² (SGD) or |w| (Adam, Muon)",
-    reading="What the schedule says, divided by what the norm has become: a curve that falls on its own has lost its steps.",
+    reading="The schedule divided by what the norm has become: a curve that falls on its own has lost its steps.",
     log_y=True,
 )
 ANGLES = Figure(

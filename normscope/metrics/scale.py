@@ -8,157 +8,13 @@ import numpy as np
 import pandas as pd
 
 from normscope.core.record import Record
-from normscope.metrics import tables
+from normscope.metrics import equilibrium, tables
 
 PARTIAL = 0.05  # defect below which a weight counts as scale-invariant; a random direction has 1
-MIN_STEPS = 3  # steps with a gradient before that is said: by chance a single one stays below with probability 0.04
-BAND = (0.8, 1.25)  # balance in equilibrium
+MIN_STEPS = 3  # steps with a gradient before that is said: by chance a single one stays below in 1 of 25
 GONE = 0.01  # of a layer's usual gain
 _FACTS = ("module", "slot", "shape", "optimizer", "group", "rule", "decoupled", "nesterov", "dampening")
 _NOT_PARAMETERS = ("input", "running")
-
-
-# ---- closed forms --------------------------------------------------------------------------------------------------
-
-
-def response(
-    momentum: float, *, rule: str = "sgd", nesterov: bool = False, dampening: float = 0.0
-) -> tuple[float, float]:
-    """Return the sum and the sum of squares of the weights by which one gradient enters all later updates.
-
-    SGD: (1 - d) a^k for momentum a and dampening d, with Nesterov 1 + a, then a^(k + 1). Adam: (1 - b) b^k.
-
-    Args:
-        momentum: a, or beta_1.
-        rule: "sgd" or "adam"; of another rule both are NaN.
-        nesterov: whether the momentum is Nesterov's, as torch computes it.
-        dampening: d, without effect where there is no momentum.
-
-    Returns:
-        Sum and sum of squares.
-
-    >>> response(0.5)
-    (2.0, 1.3333333333333333)
-    """
-    if rule == "adam":
-        return 1.0, (1 - momentum) / (1 + momentum)
-    if rule != "sgd":
-        return np.nan, np.nan
-    if nesterov:
-        return 1 / (1 - momentum), (1 + momentum) ** 2 + momentum**4 / (1 - momentum**2)
-    part = 1 - dampening if momentum else 1.0
-    return part / (1 - momentum), part**2 / (1 - momentum**2)
-
-
-def shrinkage(
-    rate: float, decay: float, momentum: float = 0.0, *, rule: str = "sgd", decoupled: bool = False, **options: float
-) -> float:
-    """Return the fraction of a weight's norm that decay takes away per step.
-
-    eta lambda where decay is decoupled; where it joins the gradient (L2), eta lambda times the sum of `response`, for SGD
-    with momentum eta lambda / (1 - a). For Adam with L2, which divides decay by the second moment, there is none.
-
-    Args:
-        rate: learning rate eta.
-        decay: lambda.
-        momentum: a, or beta_1.
-        rule: "sgd", "adam" or "muon".
-        decoupled: whether decay multiplies the weight.
-        options: nesterov and dampening, see `response`.
-
-    Returns:
-        The fraction; NaN where the rule does not say.
-    """
-    if decoupled:
-        return rate * decay
-    return rate * decay * response(momentum, rule=rule, **options)[0] if rule == "sgd" else np.nan  # type: ignore[arg-type]
-
-
-def equilibrium_angle(
-    rate: float, decay: float, momentum: float = 0.0, *, rule: str = "sgd", decoupled: bool = False, **options: float
-) -> float:
-    """Return the angle by which a scale-invariant weight turns per step once growth and decay of its norm balance.
-
-    With s1, s2 of `response` and k of `shrinkage`, growth (eta s1)^2 E|g|^2 = 2 k |w|^2 and angle^2 = eta^2 s2 E|g|^2 /
-    |w|^2, so angle = sqrt(2 k s2) / s1: sqrt(2 eta lambda / (1 + a)) for SGD with momentum, sqrt(2 eta lambda (1 - b) /
-    (1 + b)) for AdamW.
-
-    Args:
-        rate: learning rate eta.
-        decay: lambda.
-        momentum: a, or beta_1.
-        rule: "sgd" or "adam"; Muon's updates depend on one another through orthogonalization and have no such form.
-        decoupled: whether decay multiplies the weight.
-        options: nesterov and dampening, see `response`.
-
-    Returns:
-        Radians; NaN where there is no closed form.
-
-    >>> round(equilibrium_angle(0.1, 0.005, 0.9), 5)
-    0.02294
-    """
-    s1, s2 = response(momentum, rule=rule, **options)  # type: ignore[arg-type]
-    lost = shrinkage(rate, decay, momentum, rule=rule, decoupled=decoupled, **options)
-    return float(np.sqrt(2 * lost * s2) / s1)
-
-
-def time_constant(shrink: float, rule: str) -> float:
-    """Return the steps in which the distance from equilibrium falls by e: of |w|^4 for SGD, of |w|^2 for others.
-
-    A gradient of a scale-invariant loss falls as 1 / |w|, so SGD's growth of |w|^2 does as 1 / |w|^2; normalized updates
-    grow it at a constant rate.
-
-    Args:
-        shrink: see `shrinkage`.
-        rule: "sgd", "adam", "muon".
-
-    Returns:
-        1 / (4 shrink) for SGD, else 1 / (2 shrink); infinite without decay.
-    """
-    return 1 / ((4 if rule == "sgd" else 2) * shrink) if shrink > 0 else np.inf
-
-
-def steps_to_balance(balance: float, constant: float) -> float:
-    """Return the steps until the balance enters its band, at settings that stay.
-
-    Equilibrium over present (|w|^4 or |w|^2) is the balance B, and 1 / B - 1 falls by e per time constant.
-
-    Args:
-        balance: B now.
-        constant: time constant in steps.
-
-    Returns:
-        Steps, 0 inside the band.
-
-    >>> round(steps_to_balance(5.0, 1000.0))
-    1386
-    """
-    low, high = BAND
-    if low <= balance <= high:
-        return 0.0
-    if not balance > 0:
-        return np.inf
-    edge = high if balance > high else low
-    return float(constant * np.log((1 / balance - 1) / (1 / edge - 1)))
-
-
-def balance(relative: np.ndarray, radial: np.ndarray, shrink: np.ndarray) -> np.ndarray:
-    """Return growth of a norm over its decay, (|w'|^2 - (1 - k)^2 |w|^2) / ((1 - (1 - k)^2) |w|^2), for each step.
-
-    Args:
-        relative: |dw| / |w|.
-        radial: <w, dw> / |w|^2.
-        shrink: k, see `shrinkage`.
-
-    Returns:
-        1 where the norm stays, 0 where it only decays; NaN without decay.
-    """
-    lost = 2 * shrink - shrink**2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(lost > 0, (2 * radial + relative**2 + lost) / lost, np.nan)
-
-
-# ---- what the record says ------------------------------------------------------------------------------------------
 
 
 def parameters(record: Record) -> pd.DataFrame:
@@ -197,18 +53,18 @@ def invariance(record: Record) -> pd.DataFrame:
     """Return which weights are scale-invariant, in which units, and how far from it they are.
 
     <w, grad> = 0 for a scale-invariant w (Euler). The defect of a unit is |<w, grad>| / (|w| |grad|) times the root of
-    its size, the median over units and the root mean square over steps: about 1 for random directions, 0 for invariance,
-    and by how much eps or another path breaks it in between. The smallest units are named whose defect stays below
-    `PARTIAL`.
+    its size, the median over units and the root mean square over steps: about 1 for random directions, 0 for
+    invariance, in between by how much eps or another path breaks it. The smallest units are named whose defect stays
+    below `PARTIAL`.
 
     Args:
         record: record of one run.
 
     Returns:
-        Indexed by site: unit ("row" for each row, a filter, by itself, "block" for groups of rows, "tensor" for the whole
-        only, "none", or "" where fewer than `MIN_STEPS` steps tell), units (their number), defect (of these units, of the
-        whole for "none"), n (steps), and from the last snapshot of a held problem, of the same units doubled, output and
-        gradient (NaN where there is none).
+        Indexed by site: unit ("row" for each row, a filter, by itself, "block" for groups of rows, "tensor" for the
+        whole only, "none", or "" where fewer than `MIN_STEPS` steps tell), units (their number), defect (of these
+        units, of the whole for "none"), n (steps), and from the last snapshot of a held problem, of the same units doubled,
+        output and gradient (NaN where there is none).
     """
     held = {
         (role, stat): tables.table(record, stat, slot="*", role=role, phase="batch").ffill().tail(1)
@@ -282,8 +138,8 @@ def motion(record: Record) -> dict[str, pd.DataFrame]:
 
     Returns:
         site -> frame indexed by step with rate, decay, momentum (of its group at that step), norm, relative, radial,
-        angle, effective (learning rate over |w|^2 for SGD, over |w| for Adam and Muon, whose updates do not depend on the
-        gradient's size), shrink, expected (angle) and balance; NaN where the optimizer's rule is not known.
+        angle, effective (learning rate over |w|^2 for SGD, over |w| for Adam and Muon, whose updates do not depend on
+        the gradient's size), shrink, expected (angle) and balance; NaN where the optimizer's rule is not known.
     """
     known = parameters(record)
     context = record.context.reindex(columns=["step", "optimizer", "group", "lr", "momentum", "decay"])
@@ -315,8 +171,8 @@ def _implied(frame: pd.DataFrame, settings: pd.DataFrame | None, facts: pd.Serie
         "decoupled": facts["decoupled"],
     }
     each = list(zip(rate, decay, momentum, strict=True))
-    shrink = np.array([shrinkage(*values, **options) for values in each], float)
-    expected = [equilibrium_angle(*values, **options) for values in each]
+    shrink = np.array([equilibrium.shrinkage(*values, **options) for values in each], float)
+    expected = [equilibrium.angle(*values, **options) for values in each]
     power = {"sgd": 2, "adam": 1, "muon": 1}.get(rule, np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         effective = rate / frame["norm"] ** power
@@ -327,7 +183,7 @@ def _implied(frame: pd.DataFrame, settings: pd.DataFrame | None, facts: pd.Serie
         effective=effective,
         shrink=shrink,
         expected=expected,
-        balance=balance(frame["relative"].to_numpy(float), frame["radial"].to_numpy(float), shrink),
+        balance=equilibrium.balance(frame["relative"].to_numpy(float), frame["radial"].to_numpy(float), shrink),
     )
 
 
@@ -338,8 +194,8 @@ def summary(record: Record) -> pd.DataFrame:
         record: record of one run.
 
     Returns:
-        Indexed by site, in order of execution: unit (see `invariance`), rule, feeds; steps (from the first sampled one to
-        the end of the run), norm_first, norm_last, rate_first, rate_last, effective_first, effective_last; of the
+        Indexed by site, in order of execution: unit (see `invariance`), rule, feeds; steps (from the first sampled one
+        to the end of the run), norm_first, norm_last, rate_first, rate_last, effective_first, effective_last; of the
         late window angle and expected (in radians, root mean squares), decay, balance with balance_error (of a mean of
         independent steps) and constant (in steps); exposure, the time constants that the run has lasted, and consumed,
         the sum of `shrinkage` over its steps; settings between sampled steps are taken from the last sampled one.
@@ -355,15 +211,32 @@ def summary(record: Record) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=None if rows else list(_SUMMARY)).rename_axis("site")
 
 
-_SUMMARY = ("unit", "rule", "feeds", "steps", "norm_first", "norm_last", "rate_first", "rate_last", "effective_first")
-_SUMMARY += ("effective_last", "angle", "expected", "decay", "balance", "balance_error", "constant")
-_SUMMARY += ("exposure", "consumed")
+_SUMMARY = (
+    "unit",
+    "rule",
+    "feeds",
+    "steps",
+    "norm_first",
+    "norm_last",
+    "rate_first",
+    "rate_last",
+    "effective_first",
+    "effective_last",
+    "angle",
+    "expected",
+    "decay",
+    "balance",
+    "balance_error",
+    "constant",
+    "exposure",
+    "consumed",
+)
 
 
 def _developed(frame: pd.DataFrame, end: int, rule: str) -> dict[str, float]:
     late = frame.tail(max(MIN_STEPS, len(frame) // tables.LATE_FRACTION))
     steps = np.diff(np.append(frame.index.to_numpy(), max(end, int(frame.index[-1]) + 1)))
-    constants = np.array([time_constant(k, rule) for k in frame["shrink"]])
+    constants = np.array([equilibrium.time_constant(k, rule) for k in frame["shrink"]])
     lost = (2 * late["shrink"] - late["shrink"] ** 2).to_numpy(float)
     balances = late["balance"].to_numpy(float)
     return {
@@ -390,9 +263,9 @@ def gains(record: Record) -> pd.DataFrame:
         record: record of one run.
 
     Returns:
-        Indexed by site of the gain: gone, the fraction of channels whose gain is now below `GONE` times what is usual in
-        the layer (its median at the start or, where that is zero, its largest now), first_max and last_max of |gain|,
-        decay of its parameter group, and n, the channels; a layer that multiplies by 1 + gain counts that sum.
+        Indexed by site of the gain: gone, the fraction of channels whose gain is now below `GONE` times what is usual
+        in the layer (its median at the start or, where that is zero, its largest now), first_max and last_max of
+        |gain|, decay of its parameter group, and n, the channels; a layer that multiplies by 1 + gain counts that sum.
     """
     known, moves = _norm_parameters(record), motion(record)
     rows = []
@@ -444,17 +317,17 @@ def idle_biases(record: Record) -> pd.DataFrame:
         record: record of one run.
 
     Returns:
-        Indexed by site: feeds, and share, the largest norm of its gradient over that of the weight beside it, in the late
-        window: 0 up to rounding where the bias has no effect.
+        Indexed by site: feeds, and share, the largest norm of its gradient over that of the weight beside it, in the
+        late window: 0 up to rounding where the bias has no effect.
     """
     known = parameters(record)
     known = known[known["slot"].eq("bias") & known["norm"].isin(["batch", "instance"])]
     norms = tables.table(record, "norm", slot="*", role="gradient")
     rows = []
-    for site, module in known["module"].items():
+    for site, module, feeds in zip(known.index, known["module"], known["feeds"], strict=True):
         pair = [name for name in (str(site), f"{module}/weight") if name in norms]
         if len(pair) == 2:
             with np.errstate(divide="ignore", invalid="ignore"):
                 share = tables.late(norms[pair[0]] / norms[pair[1]])
-            rows.append((site, known["feeds"][site], float(share.max()) if len(share) else np.nan))
+            rows.append((site, feeds, float(share.max()) if len(share) else np.nan))
     return pd.DataFrame(rows, columns=["site", "feeds", "share"]).set_index("site")

@@ -38,8 +38,8 @@ def measure(
 ) -> dict[str, list[Row]]:
     """Double each weight and compare: a scale-invariant one has f(aW) = f(W) and grad(aW) = grad(W) / a.
 
-    With a = 2 every product is exact in floating point, so all that is left is what eps or another path changes. Dropout
-    is off; normalization layers are in the mode that they train in.
+    With a = 2 every product is exact in floating point, so all that is left is what eps or another path changes.
+    Dropout is off; normalization layers are in the mode that they train in.
 
     Args:
         problem: model, loss and batches; the first batch is run, of a pair of tensors its first `SAMPLES` samples.
@@ -47,10 +47,10 @@ def measure(
         weights: parameters by name; those with two dimensions or more are tried.
 
     Returns:
-        Rows of phase "batch" at the weights: tensor_defect (the whole doubled), row_defect (every second row) and, where
-        a normalization layer has groups, block_defect (every second group of rows). Of role "value" |f(aW) - f(W)| /
-        |f(W)|, of role "gradient" |a grad(aW) - grad(W)| / |grad(W)|. The cheapest that answers: where rows pass, the
-        whole is not tried.
+        Rows of phase "batch" at the weights: tensor_defect (the whole doubled), row_defect (every second row) and,
+        where a normalization layer has groups, block_defect (every second group of rows). Of role "value" |f(aW) -
+        f(W)| / |f(W)|, of role "gradient" |a grad(aW) - grad(W)| / |grad(W)|. The cheapest that
+        answers: where rows pass, the whole is not tried.
     """
     tried = {name: p for name, p in weights.items() if p.dim() > 1 and p.requires_grad and p.numel()}
     tried = dict(list(tried.items())[:: -(-len(tried) // MOST) or 1])

@@ -223,7 +223,8 @@ def _has_rows(x: torch.Tensor) -> bool:
 
 
 def _row_norms(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x.detach().flatten(1), dim=1, dtype=_wide(x))
+    found: torch.Tensor = torch.linalg.vector_norm(x.detach().flatten(1), dim=1, dtype=_wide(x))
+    return found
 
 
 def _row_inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
