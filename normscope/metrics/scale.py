@@ -10,8 +10,8 @@ import pandas as pd
 from normscope.core.record import Record
 from normscope.metrics import equilibrium, tables
 
-PARTIAL = 0.05  # defect below which a weight counts as scale-invariant; a random direction has 1
-MIN_STEPS = 3  # steps with a gradient before that is said: by chance a single one stays below in 1 of 25
+PARTIAL = 0.1  # defect below which a weight counts as scale-invariant; a random direction has 1
+MIN_STEPS = 4  # steps with a gradient before that is said: so many random directions stay below in 1 of 5000 cases
 GONE = 0.01  # of a layer's usual gain
 _FACTS = ("module", "slot", "shape", "optimizer", "group", "rule", "decoupled", "nesterov", "dampening")
 _NOT_PARAMETERS = ("input", "running")
@@ -46,7 +46,7 @@ def parameters(record: Record) -> pd.DataFrame:
 def weights(record: Record) -> pd.DataFrame:
     """Return the rows of `parameters` with two dimensions or more."""
     frame = parameters(record)
-    return frame[[isinstance(shape, list) and len(shape) > 1 for shape in frame["shape"]]]
+    return frame[np.array([isinstance(shape, list) and len(shape) > 1 for shape in frame["shape"]], bool)]
 
 
 def invariance(record: Record) -> pd.DataFrame:
@@ -63,8 +63,8 @@ def invariance(record: Record) -> pd.DataFrame:
     Returns:
         Indexed by site: unit ("row" for each row, a filter, by itself, "block" for groups of rows, "tensor" for the
         whole only, "none", or "" where fewer than `MIN_STEPS` steps tell), units (their number), defect (of these
-        units, of the whole for "none"), n (steps), and from the last snapshot of a held problem, of the same units doubled,
-        output and gradient (NaN where there is none).
+        units, of the whole for "none"), n (steps), and from the last snapshot of a held problem, of the same units
+        doubled, output and gradient (NaN where there is none).
     """
     held = {
         (role, stat): tables.table(record, stat, slot="*", role=role, phase="batch").ffill().tail(1)
@@ -83,7 +83,8 @@ def invariance(record: Record) -> pd.DataFrame:
         values = [float(frame[site].iloc[-1]) if len(frame) and site in frame else np.nan for frame in found]
         rows.append((site, unit, units, defect, n, *values))
     columns = ["site", "unit", "units", "defect", "n", "output", "gradient"]
-    return pd.DataFrame(rows, columns=columns).set_index("site")
+    frame = pd.DataFrame(rows, columns=columns).set_index("site")
+    return frame.astype({name: float for name in ("defect", "output", "gradient")})
 
 
 _UNITS = ("row", "block", "tensor")
@@ -280,7 +281,7 @@ def gains(record: Record) -> pd.DataFrame:
             decay = float(moves[str(site)]["decay"].iloc[-1]) if str(site) in moves else np.nan
             rows.append((site, gone, float(size[0].max()), float(size[-1].max()), decay, size.shape[1]))
     columns = ["site", "gone", "first_max", "last_max", "decay", "n"]
-    return pd.DataFrame(rows, columns=columns).set_index("site")
+    return pd.DataFrame(rows, columns=columns).set_index("site").astype(float)
 
 
 def decayed_norms(record: Record) -> list[str]:
@@ -330,4 +331,4 @@ def idle_biases(record: Record) -> pd.DataFrame:
             with np.errstate(divide="ignore", invalid="ignore"):
                 share = tables.late(norms[pair[0]] / norms[pair[1]])
             rows.append((site, feeds, float(share.max()) if len(share) else np.nan))
-    return pd.DataFrame(rows, columns=["site", "feeds", "share"]).set_index("site")
+    return pd.DataFrame(rows, columns=["site", "feeds", "share"]).set_index("site").astype({"share": float})

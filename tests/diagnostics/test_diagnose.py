@@ -9,11 +9,14 @@ from normscope import diagnostics
 from normscope.core.finding import Verdict
 from normscope.core.record import Record, join
 from normscope.core.source import cite
-from normscope.diagnostics import DIAGNOSTICS, diagnose, id_of, mismatch, propagation, run
+from normscope.diagnostics import DIAGNOSTICS, diagnose, id_of, mismatch, propagation, run, scale
 from tests.metrics.records import Network, at, over_depth
 
 RULES = [
-    rule for module in (mismatch, propagation, run) for rule in vars(module).values() if type(rule).__name__ == "Rule"
+    rule
+    for module in (mismatch, propagation, run, scale)
+    for rule in vars(module).values()
+    if type(rule).__name__ == "Rule"
 ]
 EMPTY = Record((), pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), (), ())
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import normscope as ns
-from normscope.probes import parameters
+from normscope.probes import optimizers, parameters
 from tests.probes.test_activations import scalars
 
 STEPS = 5
@@ -304,3 +304,81 @@ def test_a_mix_of_precisions():
         torch.ones(9).bfloat16(),
     ])
     assert float(square) == 29
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_directions_of_gradients_and_updates(optimizer):
+    model = make().double()
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    expected = []
+    with ns.attach(model, optimizer, every=1) as scope:
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            model(x).square().mean().backward()
+            w, g = model[0].weight.detach().clone(), model[0].weight.grad.clone()
+            optimizer.step()
+            expected.append((w, g, model[0].weight.detach().clone()))
+    record = scope.record()
+    for step, (w, g, new) in enumerate(expected):
+        dw, size = new - w, float(w.norm())
+        cross = new - (new * w).sum() / size**2 * w  # the part across w, whose length is |w'| sin
+        by_hand = {
+            "relative": float(dw.norm()) / size,
+            "radial": float((w * dw).sum()) / size**2,
+            "angle": math.atan2(float(cross.norm()), float((new * w).sum()) / size),
+        }
+        for stat, value in by_hand.items():
+            found = record.series("0/weight", stat, role="update")[step]
+            assert found == pytest.approx(value, rel=1e-6, abs=1e-12), stat
+        cosine = float((w * g).sum() / (w.norm() * g.norm()))
+        assert record.series("0/weight", "cosine", role="gradient")[step] == pytest.approx(cosine, rel=1e-6, abs=1e-12)
+        rows = (w * g).sum(1) / (w.norm(dim=1) * g.norm(dim=1))
+        kept = record.array("0/weight", "row_cosine", role="gradient")[1][step]
+        np.testing.assert_allclose(kept, rows, rtol=1e-5, atol=1e-12)
+        np.testing.assert_allclose(record.array("0/weight", "row_norm")[1][step], w.norm(dim=1), rtol=1e-6)
+
+
+def test_tiny_angles_keep_their_digits():
+    model = nn.Linear(50, 4, bias=False).double()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+    with ns.attach(model, optimizer, every=1) as scope:
+        model.weight.grad = torch.randn(4, 50, dtype=torch.float64)
+        w, g = model.weight.detach().clone(), model.weight.grad
+        optimizer.step()
+    across = g - (g * w).sum() / (w * w).sum() * w
+    angle = scope.record().series("/weight", "angle", role="update")[0]
+    assert angle == pytest.approx(1e-9 * float(across.norm() / w.norm()), rel=1e-5)
+
+
+def test_rows_are_taken_where_arrays_are_kept():
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with ns.attach(model, optimizer, every=1) as scope:
+        for _ in range(12):
+            model(torch.randn(8, 6)).square().mean().backward()
+            optimizer.step()
+    record = scope.record()
+    assert record.array("0/weight", "row_cosine", role="gradient")[0].tolist() == [*range(8), 8, 10]
+    assert len(record.series("0/weight", "cosine", role="gradient")) == 12
+    assert len(record.array("3/bias", "row_norm")[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "expected"),
+    [
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True), ("sgd", False, True)),
+        (lambda p: torch.optim.Adam(p, 0.1), ("adam", False, False)),
+        (lambda p: torch.optim.AdamW(p, 0.1), ("adam", True, False)),
+        (lambda p: torch.optim.RMSprop(p, 0.1), ("", False, False)),
+        (lambda p: type("Mine", (torch.optim.AdamW,), {})(p, 0.1), ("adam", True, False)),
+        (lambda p: type("Adam", (torch.optim.Adam,), {"step": lambda self: None})(p, 0.1), ("", False, False)),
+    ],
+    ids=["nesterov", "Adam", "AdamW", "RMSprop", "subclass", "step of its own"],
+)
+def test_the_rule_of_an_optimizer_is_that_of_its_step(make_optimizer, expected):
+    model = nn.Linear(3, 2)
+    optimizer = make_optimizer(model.parameters())
+    found = optimizers.rule(model.weight, [optimizer])
+    assert (found["rule"], found["decoupled"], found["nesterov"]) == expected
+    assert optimizers.rule(torch.ones(1), [optimizer]) == {}

@@ -102,7 +102,8 @@ class Run:
             if kind != "ReLU":
                 sizes = {"Conv2d": [self.channels, self.channels, 3, 3], "Linear": [10, 64]}.get(kind, [self.channels])
                 site = {"module": module, "call": 0, "slot": "weight", "shape": sizes, "trainable": True, "group": 0}
-                self.store.site(f"{module}/weight", site)
+                rule = {"class": "Parameter", "optimizer": "SGD", "rule": "sgd", "decoupled": False, "nesterov": False}
+                self.store.site(f"{module}/weight", site | rule)
             before = f"{module}/output"
         self.store.site("/output", {"module": "", "call": 0, "slot": "output", "class": "ResNet", "order": self.layers})
 
@@ -153,9 +154,12 @@ class Run:
         if kind == "BatchNorm2d":
             self._norm(step, i, time, module, size, depth)
         if not relu:
-            self._scalars(step, f"{module}/weight", "train", "value", {"norm": 8 - time, "rms": 0.05})
-            self._scalars(step, f"{module}/weight", "train", "gradient", {"norm": 0.1 + time, "rms": 1e-3})
-            self._scalars(step, f"{module}/weight", "train", "update", {"norm": 0.01})
+            gain = spread(value=1 - 0.5 * time) if kind == "BatchNorm2d" else {}
+            turned = {"norm": 0.01, "relative": 0.01 / (8 - time), "radial": -1e-6, "angle": 0.01 / (8 - time)}
+            cosine = {"cosine": (1e-7 if kind == "Conv2d" else 0.02) * (-1) ** i}
+            self._scalars(step, f"{module}/weight", "train", "value", {**gain, "norm": 8 - time, "rms": 0.05})
+            self._scalars(step, f"{module}/weight", "train", "gradient", {"norm": 0.1 + time, "rms": 1e-3, **cosine})
+            self._scalars(step, f"{module}/weight", "train", "update", turned)
         if i % 10 == 0 or i == self.steps - 1:
             channels = np.exp(self.random.normal(0, 0.3, self.channels))
             channels[[3, 17]] *= 40
