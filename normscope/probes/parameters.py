@@ -48,6 +48,7 @@ class Parameters:
         self._names = {id(parameter): name for name, parameter in named.items()}
         self._known: set[str] = set()
         self._copies: dict[int, dict[str, torch.Tensor]] = {}
+        self._buffers: dict[int, dict[str, torch.Tensor]] = {}  # of the copies: fresh memory costs more than they do
         self._turn: dict[int, int] = {}
         self._found: list[_Found] = []
 
@@ -57,6 +58,7 @@ class Parameters:
         again = {name for name, _ in mine}  # an optimizer that steps twice in a step is measured at its last
         self._found = [item for item in self._found if item.name not in again]
         start = self._turn.get(id(optimizer), 0) % max(len(mine), 1)
+        buffers = self._buffers.get(id(optimizer), {})
         chosen: dict[str, torch.Tensor] = {}
         room = COPIED
         for name, parameter in mine[start:] + mine[:start]:
@@ -65,33 +67,43 @@ class Parameters:
             if size > room:
                 break
             room -= size
-            chosen[name] = thin.clone()
+            chosen[name] = _copied(thin, buffers.get(name))
         self._turn[id(optimizer)] = start + len(chosen)
-        self._copies[id(optimizer)] = chosen
+        self._copies[id(optimizer)], self._buffers[id(optimizer)] = chosen, chosen
 
-    def gradients(self, optimizer: torch.optim.Optimizer, scale: torch.Tensor | None, by_row: bool) -> None:
+    def gradients(
+        self, optimizer: torch.optim.Optimizer, scale: torch.Tensor | None, by_row: bool
+    ) -> dict[int, torch.Tensor]:
         """Measure weights, as they were before the step, and gradients, divided by the loss scale.
 
         Args:
             optimizer: the optimizer whose parameters they are.
             scale: loss scale that a fused optimizer undoes itself, None where gradients are as they should be.
             by_row: whether norms and inner products are taken of each row (first index, a filter) of matrices.
+
+        Returns:
+            The squared norm of each gradient by the id of its parameter, not divided by the scale.
         """
         kept = self._copies.get(id(optimizer), {})
+        squares: dict[int, torch.Tensor] = {}
         for name, parameter in self._mine(optimizer):
             copied = name in kept and kept[name].numel() == parameter.numel()
             weight = kept[name] if copied else parameter
             rows = by_row and _has_rows(parameter)
-            self._add(name, "value", "norm", _row_norms(weight) if rows else norms([weight])[0])
+            if rows or not copied:  # of a copied weight it follows from what the step moves
+                self._add(name, "value", "norm", _row_norms(weight) if rows else norms([weight])[0])
             if parameter.grad is None:
                 continue
             gradient = _dense(parameter.grad)
             rows = rows and gradient.shape == weight.shape
-            found = {"norm": _row_norms(gradient) if rows else norms([gradient])[0]}
+            found = {"square": _row_norms(gradient).square_() if rows else _square(gradient)}
+            squares[id(parameter)] = found["square"].sum() if rows else found["square"]
             if gradient.shape == weight.shape:
                 found["inner"] = _row_inner(weight, gradient) if rows else _inner(weight, gradient)
             for stat, state in found.items():
-                self._add(name, "gradient", stat, state if scale is None else state / scale.to(state.device))
+                power = 2 if stat == "square" else 1
+                self._add(name, "gradient", stat, state if scale is None else state / scale.to(state.device) ** power)
+        return squares
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure what the step has changed."""
@@ -179,11 +191,12 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def squared_norm(gradients: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def squared_norm(gradients: Iterable[torch.Tensor], known: Iterable[torch.Tensor] = ()) -> list[torch.Tensor]:
     """Return the squared norm of all gradients together, one scalar a device, without waiting for it.
 
     Args:
         gradients: parameter gradients, dense or sparse.
+        known: squared norms of further gradients.
 
     Returns:
         One scalar per device that holds a gradient; NaN or infinite as soon as one element is.
@@ -192,11 +205,13 @@ def squared_norm(gradients: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     for gradient in gradients:
         dense = _dense(gradient)
         parts.setdefault((dense.device, dense.dtype), []).append(dense)
-    totals: dict[torch.device, torch.Tensor] = {}
+    squares: dict[torch.device, list[torch.Tensor]] = {}
+    for square in known:
+        squares.setdefault(square.device, []).append(square)
     for (device, _), same in parts.items():
-        square = torch.stack(torch._foreach_norm(same, 2, _wide(same[0]))).square_().sum()
-        totals[device] = totals[device] + square if device in totals else square
-    return list(totals.values())
+        norm = torch.stack(torch._foreach_norm(same, 2, _wide(same[0])))
+        squares.setdefault(device, []).append(norm.square_().sum())
+    return [found[0] if len(found) == 1 else torch.stack(found).sum() for found in squares.values()]
 
 
 def _square(x: torch.Tensor) -> torch.Tensor:
@@ -243,18 +258,24 @@ def _finished(
 ) -> dict[str, tuple[dict[str, float], dict[str, np.ndarray]]]:
     """Return scalars and arrays by row of each role, from the states of one parameter."""
     result: dict[str, tuple[dict[str, float], dict[str, np.ndarray]]] = {}
-    for role in ("value", "gradient"):
-        norm = found.get((role, "norm"))
-        if norm is not None:
-            result[role] = ({"norm": float(np.sqrt((norm**2).sum()))}, {"row_norm": norm} if norm.ndim else {})
+    moved, norm, square = (found.get(key) for key in (("update", "moved"), ("value", "norm"), ("gradient", "square")))
+    if norm is not None:
+        result["value"] = ({"norm": float(np.sqrt((norm**2).sum()))}, {"row_norm": norm} if norm.ndim else {})
+    elif moved is not None:
+        result["value"] = ({"norm": float(np.sqrt(moved[2] + 2 * moved[1] + moved[0]))}, {})
+    if square is not None:
+        result["gradient"] = (
+            {"norm": float(np.sqrt(square.sum()))},
+            {"row_norm": np.sqrt(square)} if square.ndim else {},
+        )
     inner = found.get(("gradient", "inner"))
     if inner is not None:
         (value, by_row), (gradient, rows) = result["value"], result["gradient"]
         gradient["cosine"] = float(inner.sum() / np.float64(value["norm"] * gradient["norm"]))
         if inner.ndim:
             rows["row_cosine"] = inner / (by_row["row_norm"] * rows["row_norm"])
-    if ("update", "moved") in found:
-        result["update"] = (_update(*found["update", "moved"]), {})
+    if moved is not None:
+        result["update"] = (_update(*moved), {})
     return result
 
 
@@ -272,6 +293,12 @@ def _update(square: float, cross: float, after: float) -> dict[str, float]:
         "radial": float(radial),
         "angle": float(np.arctan2(tangential, 1 + radial)),
     }
+
+
+def _copied(x: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (x.shape, x.dtype, x.device):
+        return x.clone()
+    return buffer.copy_(x)
 
 
 def _thinned(x: torch.Tensor) -> torch.Tensor:

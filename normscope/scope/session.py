@@ -284,16 +284,17 @@ class Session:
         return None if self.scaler is None else float(self.scaler.get_scale())
 
     def _read_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         scale = getattr(optimizer, "grad_scale", None)  # set only while a fused optimizer undoes the scale itself
-        squares = squared_norm(held)
+        known: dict[int, torch.Tensor] = {}
+        if self.active and "parameters" in self._probes:
+            known = self._parameters.gradients(optimizer, scale, keeps_arrays(self._samples))
+        held = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+        squares = squared_norm((p.grad for p in held if id(p) not in known), known.values())
         if scale is not None:
             squares = [square / scale.to(square.device).square() for square in squares]
         self._squares[id(optimizer)] = squares  # of its last step, where it steps more often than the others
         if self._row["grad_norm"] is None or isinstance(self._row["grad_norm"], list):
             self._row["grad_norm"] = [square for some in self._squares.values() for square in some]
-        if self.active and "parameters" in self._probes:
-            self._parameters.gradients(optimizer, scale, keeps_arrays(self._samples))
 
     # ---- finalization of a sampled step ----------------------------------------------------------------------------
 
