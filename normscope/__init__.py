@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from normscope import norms
+    from normscope import gradients, norms
     from normscope.core.errors import ArgumentError, NormscopeError, StoreError
     from normscope.core.finding import Finding, Verdict
     from normscope.core.reading import load
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from normscope.report import write_report
     from normscope.scope.attach import Scope, attach
 
-_PACKAGES = ("norms",)
+_PACKAGES = ("gradients", "norms")
 _NAMES = {
     "ArgumentError": "normscope.core.errors",
     "Finding": "normscope.core.finding",
@@ -43,6 +43,7 @@ __all__ = [
     "Verdict",
     "attach",
     "diagnose",
+    "gradients",
     "load",
     "norms",
     "write_report",

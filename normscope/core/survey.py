@@ -128,6 +128,21 @@ PROVIDED: dict[str, str] = {
     "layer:passport-aware": "normscope.norms.families.recoveries_branches:PassportNorm",
     "recovery:associate": "normscope.norms:build",
     "layer:associate": "normscope.norms:build",
+    "optim:fine-grained-manifold": "normscope.gradients:FineGrainedSGD",
+    "optim:cayley-sgd-adam": "normscope.gradients:CayleySGD",
+    "optim:block-normalized": "normscope.gradients:BlockNormalized",
+    "optim:lars": "normscope.gradients:LARS",
+    "optim:lamb": "normscope.gradients:LAMB",
+    "optim:lans": "normscope.gradients:LANS",
+    "optim:clars": "normscope.gradients:CLARS",
+    "optim:gradient-centralization": "normscope.gradients:Centralized",
+    "optim:adaptive-gradient-clipping": "normscope.gradients:AdaptiveClipped",
+    "optim:path-normalized": "normscope.gradients:PathSGD",
+    "optim:riemannian-batch": "normscope.gradients:GrassmannSGD",
+    "optim:psi-manifold": "normscope.gradients:PSISGD",
+    "optim:adamp-sgdp": "normscope.gradients:AdamP",
+    "optim:adamsrt": "normscope.gradients:AdamSRT",
+    "optim:projection-weight-norm": "normscope.gradients:ProjectionSGD",
 }
 
 
