@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from normscope.core.errors import ArgumentError
-from normscope.gradients.optimizer import BaseOptimizer, Group, Params, decayed, denominators, rate
+from normscope.gradients.optimizer import BaseOptimizer, Group, Params, corrections, decayed, denominators, rate
 
 
 class LARS(BaseOptimizer):
@@ -50,12 +51,14 @@ class LARS(BaseOptimizer):
 
     def update(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
         """Update parameters of one group."""
+        plain = group["trust_coefficient"] is None
+        rates = [params[0].new_tensor(rate(group))] * len(params) if plain else self.rates(group, params, grads)
         steps = decayed(group, params, grads)
-        if group["trust_coefficient"] is None:
-            steps = list(torch._foreach_mul(steps, rate(group)))
+        if steps is grads:
+            steps = list(torch._foreach_mul(grads, rates))
         else:
-            steps = list(torch._foreach_mul(steps, self.rates(group, params, grads)))
-        torch._foreach_sub_(params, self.accumulated(params, steps, group["momentum"]))
+            torch._foreach_mul_(steps, rates)
+        torch._foreach_sub_(params, self.accumulated(params, steps, group["momentum"], fresh=True))
 
     def rates(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """Return the learning rate of each tensor."""
@@ -153,8 +156,9 @@ class LAMB(BaseOptimizer):
         counts, betas = self.counted(params), group["betas"]
         first, second = self.moments(params, grads, betas)
         steps = list(torch._foreach_div(first, denominators(second, counts, betas[1], group["eps"])))
-        torch._foreach_div_(steps, [1 - betas[0] ** t for t in counts])
-        move(params, steps, group["weight_decay"], rate(group))
+        torch._foreach_mul_(steps, corrections(counts, betas))
+        weights = torch._foreach_norm(params)
+        torch._foreach_sub_(params, directions(params, steps, group["weight_decay"], weights, rate(group)))
 
 
 class LANS(LAMB):
@@ -177,8 +181,9 @@ class LANS(LAMB):
         first, second = self.moments(params, units, betas)
         roots = denominators(second, counts, betas[1], group["eps"])
         averaged = list(torch._foreach_div(first, roots))
-        torch._foreach_div_(averaged, [1 - betas[0] ** t for t in counts])
+        torch._foreach_mul_(averaged, corrections(counts, betas))
         torch._foreach_div_(units, roots)
+        torch._foreach_mul_(units, [math.sqrt(1 - betas[1] ** t) for t in counts])
         weights = torch._foreach_norm(params)
         moves = [
             directions(params, steps, decay, weights, share * rate(group))
@@ -198,8 +203,3 @@ def directions(
     ratios = scale * torch.where((weight > 0) & (step > 0), weight / step, 1.0)
     torch._foreach_mul_(steps, list(ratios.unbind()))
     return steps
-
-
-def move(params: list[Tensor], steps: list[Tensor], decay: float, scale: float) -> None:
-    """Take away scale |w| / |u| u from each parameter, with u = step + decay w."""
-    torch._foreach_sub_(params, directions(params, steps, decay, torch._foreach_norm(params), scale))

@@ -89,10 +89,11 @@ class BaseOptimizer(torch.optim.Optimizer):
     def kept(self, params: list[Tensor], name: str, like: list[Tensor] | None = None) -> list[Tensor]:
         """Return a stored tensor of each parameter, zeros of its shape (or that of `like`) at first."""
         shapes = params if like is None else like
-        for p, shape in zip(params, shapes, strict=True):
-            if name not in self.state[p]:
-                self.state[p][name] = torch.zeros_like(shape)
-        return [self.state[p][name] for p in params]
+        states = [self.state[p] for p in params]
+        for state, shape in zip(states, shapes, strict=True):
+            if name not in state:
+                state[name] = torch.zeros_like(shape)
+        return [state[name] for state in states]
 
     def counted(self, params: list[Tensor]) -> list[int]:
         """Count one more step of each parameter and return the counts."""
@@ -100,14 +101,30 @@ class BaseOptimizer(torch.optim.Optimizer):
             self.state[p]["step"] = self.state[p].get("step", 0) + 1
         return [self.state[p]["step"] for p in params]
 
-    def accumulated(self, params: list[Tensor], steps: list[Tensor], momentum: float) -> list[Tensor]:
-        """Update and return the momentum buffers, b <- momentum b + step; the steps themselves without momentum."""
+    def accumulated(
+        self, params: list[Tensor], steps: list[Tensor], momentum: float, *, fresh: bool = False
+    ) -> list[Tensor]:
+        """Update and return the momentum buffers, b <- momentum b + step; the steps themselves without momentum.
+
+        Args:
+            params: parameters.
+            steps: step of each.
+            momentum: weight of the earlier steps.
+            fresh: nobody else holds the steps, so that they may become the buffers: one pass instead of two.
+
+        Returns:
+            The buffers, not to be written over by the caller.
+        """
         if momentum == 0:
             return steps
         buffers = self.kept(params, "momentum_buffer")
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, steps)
-        return buffers
+        if fresh:
+            torch._foreach_add_(steps, buffers, alpha=momentum)
+        else:
+            steps = list(torch._foreach_add(steps, buffers, alpha=momentum))
+        for p, buffer in zip(params, steps, strict=True):
+            self.state[p]["momentum_buffer"] = buffer
+        return steps
 
     def moments(
         self, params: list[Tensor], grads: list[Tensor], betas: tuple[float, float]
@@ -115,8 +132,7 @@ class BaseOptimizer(torch.optim.Optimizer):
         """Update and return Adam's averages of the gradient and of its square."""
         first, second = self.kept(params, "exp_avg"), self.kept(params, "exp_avg_sq")
         torch._foreach_lerp_(first, grads, 1 - betas[0])
-        torch._foreach_mul_(second, betas[1])
-        torch._foreach_addcmul_(second, grads, grads, 1 - betas[1])
+        torch._foreach_lerp_(second, torch._foreach_mul(grads, grads), 1 - betas[1])
         return first, second
 
     def sgd(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
@@ -130,9 +146,9 @@ class BaseOptimizer(torch.optim.Optimizer):
         if params:
             counts, betas = self.counted(params), group["betas"]
             first, second = self.moments(params, decayed(group, params, grads), betas)
-            steps = torch._foreach_div(first, denominators(second, counts, betas[1], group["eps"]))
-            torch._foreach_mul_(steps, [-rate(group) / (1 - betas[0] ** t) for t in counts])
-            torch._foreach_add_(params, steps)
+            roots = denominators(second, counts, betas[1], group["eps"])
+            scales = [-rate(group) * scale for scale in corrections(counts, betas)]
+            torch._foreach_addcdiv_(params, first, roots, scales)
 
 
 def check(name: str, value: Any) -> None:
@@ -205,11 +221,15 @@ def decayed(group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Ten
 
 
 def denominators(second: list[Tensor], counts: Sequence[int], beta: float, eps: float) -> list[Tensor]:
-    """Return sqrt(v / (1 - beta^t)) + eps of each second moment v."""
+    """Return sqrt(v) + eps sqrt(1 - beta^t) of each second moment v: sqrt(v^) + eps, without the correction."""
     roots = list(torch._foreach_sqrt(second))
-    torch._foreach_div_(roots, [math.sqrt(1 - beta**t) for t in counts])
-    torch._foreach_add_(roots, eps)
+    torch._foreach_add_(roots, [eps * math.sqrt(1 - beta**t) for t in counts])
     return roots
+
+
+def corrections(counts: Sequence[int], betas: tuple[float, float]) -> list[float]:
+    """Return what makes m / `denominators` Adam's corrected direction, sqrt(1 - beta_2^t) / (1 - beta_1^t)."""
+    return [math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t) for t in counts]
 
 
 def shares(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from normscope.gradients.optimizer import BaseOptimizer, Group, Params, denominators, dot, length, rate
+from normscope.gradients.optimizer import BaseOptimizer, Group, Params, corrections, denominators, dot, length, rate
 
 
 def project(p: Tensor, grad: Tensor, step: Tensor, delta: float, eps: float) -> Tensor | None:
@@ -67,7 +67,7 @@ class _Projected(BaseOptimizer):
 class AdamP(_Projected):
     """Adam whose step has no radial part on scale-invariant weights, with decoupled decay.
 
-    u = m / (sqrt(v / (1 - beta_2^t)) + eps), projected by `project`; w <- (1 - lr d) w - lr / (1 - beta_1^t) u
+    u = m^ / (sqrt(v^) + eps), projected by `project`;  w <- (1 - lr d) w - lr u
 
     On projected weights the decay d is multiplied by decay_ratio. The averages are stored as they are.
 
@@ -108,7 +108,7 @@ class AdamP(_Projected):
         if group["nesterov"]:
             first = list(torch._foreach_lerp(first, grads, 1 - betas[0]))
         steps = list(torch._foreach_div(first, denominators(second, counts, betas[1], group["eps"])))
-        self.move(group, params, grads, steps, [rate(group) / (1 - betas[0] ** t) for t in counts])
+        self.move(group, params, grads, steps, [rate(group) * scale for scale in corrections(counts, betas)])
 
 
 class SGDP(_Projected):

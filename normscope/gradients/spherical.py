@@ -176,7 +176,7 @@ class PSISGD(BaseOptimizer):
         self.sgd(group, *rest)
         if units:
             held = [p for p, _ in units]
-            steps = self.accumulated(held, [dot(p, p) * g for p, g in units], group["momentum"])
+            steps = self.accumulated(held, [dot(p, p) * g for p, g in units], group["momentum"], fresh=True)
             if group["weight_decay"]:
                 torch._foreach_mul_(held, 1 - rate(group) * group["weight_decay"])
             torch._foreach_add_(held, steps, alpha=-rate(group))
