@@ -60,11 +60,21 @@ class PathSGD(BaseOptimizer):
             lr: learning rate.
             model: the model, copied for the path norm; linear layers, convolutions, ReLU and averages.
             shape: shape of one input, without the batch.
+
+        Raises:
+            ArgumentError: the model is no such network, as its path norm falls with a weight.
         """
         self.shape = tuple(shape)
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.model = copy.deepcopy(model).eval()
         super().__init__(params, {"lr": lr})
+        self.begin()
+        falling = [name for name, scale in self.scales.items() if bool((scale < 0).any())]
+        if falling:
+            raise ArgumentError(
+                f"model={type(model).__name__} has no path norm: it would fall with a weight of {falling[0]}. It "
+                "must consist of linear layers, convolutions, ReLU and averages; normalizations of the input are none."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs, the model for the path norm included."""

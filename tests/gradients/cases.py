@@ -12,7 +12,7 @@ ALL = tuple(zoo)
 
 def small_model() -> nn.Sequential:
     torch.manual_seed(0)
-    layers = (nn.Conv2d(1, 4, 3, bias=False), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
+    layers = (nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.AvgPool2d(1), nn.Flatten(), nn.Linear(36, 3))
     return nn.Sequential(*layers).double()
 
 

@@ -157,6 +157,38 @@ def test_a_schedule_changes_the_rate_in_use(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_the_layout_in_memory_does_not_matter(name):
+    model, other = small_model(), small_model()
+    with torch.no_grad():
+        model[0] = nn.Conv2d(2, 4, 3, bias=False).double()
+        other[0] = copy.deepcopy(model[0]).to(memory_format=torch.channels_last)
+    for m in (model, other):
+        path = {"shape": (2, 5, 5)} if name == "path-normalized" else {}
+        optimizer = made(name, m, lr=0.05, **path)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for p in m.parameters():
+                p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+                p.grad_sample = p.grad[None]
+            optimizer.step()
+    for a, b in zip(weights(model), weights(other), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "path-normalized"])
+def test_one_group_may_hold_several_dtypes(name):
+    start = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    params = [nn.Parameter(start.to(dtype, copy=True)) for dtype in (torch.float32, torch.float64)]
+    optimizer = build(name, params, lr=0.01)
+    for p in params:
+        p.grad = torch.linspace(-1, 2, 12, dtype=p.dtype).reshape(3, 4)
+        p.grad_sample = p.grad[None]
+    optimizer.step()
+    assert not torch.equal(params[1], start)
+    torch.testing.assert_close(params[0].double(), params[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_sparse_gradients_are_refused(name):
     model = small_model()
     optimizer = made(name, model)
@@ -254,6 +286,11 @@ def test_rows_have_sources_steps_and_names_of_their_own():
     assert repr(zoo).splitlines()[2].split() == ["lars", "lr", "trust", "S106"]
 
 
+def normalized():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 2))
+
+
 PARAMS = [torch.ones(2, 3, requires_grad=True)]
 
 
@@ -267,6 +304,10 @@ PARAMS = [torch.ones(2, 3, requires_grad=True)]
         (lambda: build("fg-sgd", PARAMS, manifold="stiefl"), r"manifold='stiefl' is unknown; did you mean 'stiefel'"),
         (lambda: build("path-sgd", PARAMS), r"needs model, shape; call build\('path-sgd', ..., model=...\)"),
         (lambda: build("path-sgd", PARAMS, model=nn.Linear(3, 2), shape=(3,)), r"no parameter of model=Linear"),
+        (
+            lambda: build("path-sgd", (model := normalized()).parameters(), model=model, shape=(3,)),
+            r"model=Sequential has no path norm: it would fall with a weight of 0.weight.*ReLU and averages",
+        ),
         (lambda: build("lars", PARAMS, lr=-1.0), r"lr=-1.0 must be at least 0"),
         (lambda: build("lars", PARAMS, lr=float("nan")), r"lr=nan must be at least 0"),
         (lambda: build("lars", PARAMS, momentum=1.0), r"momentum=1.0 must be at least 0 and below 1"),
