@@ -195,17 +195,18 @@ def alike(params: Iterable[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
     """
     found: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for p in params:
-        if p.grad is None:
+        grad = p.grad
+        if grad is None:
             continue
-        if p.grad.is_sparse or p.grad.is_complex():
-            kind = "sparse" if p.grad.is_sparse else "complex"
+        if grad.layout is not torch.strided or grad.is_complex():
+            kind = "complex" if grad.is_complex() else "sparse"
             raise ArgumentError(
                 f"a parameter of shape {tuple(p.shape)} has a {kind} gradient, whose norm over a layer is not defined "
                 "here; give it to an optimizer of its own, as torch.optim.SGD (sparse=False makes nn.Embedding dense)."
             )
         held, grads = found.setdefault((p.device, p.dtype), ([], []))
         held.append(p)
-        grads.append(p.grad)
+        grads.append(grad)
     return list(found.values())
 
 
