@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from normscope.core.reading import load
     from normscope.core.record import Record
     from normscope.diagnostics import diagnose
-    from normscope.probes.problem import Problem
+    from normscope.linalg.extremal import eigenpairs
+    from normscope.linalg.layerwise import layerwise
+    from normscope.linalg.problem import Problem
+    from normscope.linalg.spectrum import spectrum
+    from normscope.linalg.trace import diagonal, trace
     from normscope.report import write_report
     from normscope.scope.attach import Scope, attach
 
@@ -21,14 +25,19 @@ _NAMES = {
     "ArgumentError": "normscope.core.errors",
     "Finding": "normscope.core.finding",
     "NormscopeError": "normscope.core.errors",
-    "Problem": "normscope.probes.problem",
+    "Problem": "normscope.linalg.problem",
     "Record": "normscope.core.record",
     "Scope": "normscope.scope.attach",
     "StoreError": "normscope.core.errors",
     "Verdict": "normscope.core.finding",
     "attach": "normscope.scope.attach",
     "diagnose": "normscope.diagnostics",
+    "diagonal": "normscope.linalg.trace",
+    "eigenpairs": "normscope.linalg.extremal",
+    "layerwise": "normscope.linalg.layerwise",
     "load": "normscope.core.reading",
+    "spectrum": "normscope.linalg.spectrum",
+    "trace": "normscope.linalg.trace",
     "write_report": "normscope.report",
 }
 
@@ -44,8 +53,13 @@ __all__ = [
     "attach",
     "diagnose",
     "gradients",
+    "diagonal",
+    "eigenpairs",
+    "layerwise",
     "load",
     "norms",
+    "spectrum",
+    "trace",
     "write_report",
 ]
 

@@ -16,8 +16,8 @@ from torch import nn
 from normscope import workbench
 from normscope.core.errors import ArgumentError
 from normscope.core.store import run_exists
+from normscope.linalg.problem import Problem
 from normscope.norms.conversion import convert
-from normscope.probes.problem import Problem
 from normscope.report.table import findings_table
 from normscope.scope.attach import attach
 

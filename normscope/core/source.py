@@ -39,6 +39,7 @@ ALIASES: dict[str, str] = {
     "ioffe2017": "S065",
     "wu2021": "S079",
     "vanlaarhoven2017": "S125",
+    "ghorbani2019": "S134",
     "yang2019": "S139",
     "nado2020": "S152",
     "li2016": "S155",
@@ -49,6 +50,42 @@ ALIASES: dict[str, str] = {
 _ARXIV = "https://arxiv.org/abs/"
 
 FURTHER: tuple[Source, ...] = (
+    Source(
+        "lanczos1950",
+        "An iteration method for the solution of the eigenvalue problem of linear differential and integral operators",
+        1950,
+        "https://doi.org/10.6028/jres.045.026",
+    ),
+    Source(
+        "daniel1976",
+        "Reorthogonalization and Stable Algorithms for Updating the Gram-Schmidt QR Factorization",
+        1976,
+        "https://doi.org/10.1090/S0025-5718-1976-0431641-8",
+    ),
+    Source(
+        "hutchinson1989",
+        "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines",
+        1989,
+        "https://doi.org/10.1080/03610918908812806",
+    ),
+    Source(
+        "pearlmutter1994", "Fast Exact Multiplication by the Hessian", 1994, "https://doi.org/10.1162/neco.1994.6.1.147"
+    ),
+    Source(
+        "wu2000",
+        "Thick-Restart Lanczos Method for Large Symmetric Eigenvalue Problems",
+        2000,
+        "https://doi.org/10.1137/S0895479898334605",
+    ),
+    Source(
+        "schraudolph2002",
+        "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent",
+        2002,
+        "https://doi.org/10.1162/08997660260028683",
+    ),
+    Source(
+        "bekas2007", "An estimator for the diagonal of a matrix", 2007, "https://doi.org/10.1016/j.apnum.2007.01.003"
+    ),
     Source(
         "glorot2010",
         "Understanding the difficulty of training deep feedforward neural networks",
@@ -68,6 +105,7 @@ FURTHER: tuple[Source, ...] = (
         f"{_ARXIV}1502.01852",
     ),
     Source("chen2016", "Training Deep Nets with Sublinear Memory Cost", 2016, f"{_ARXIV}1604.06174"),
+    Source("lin2016", "Approximating Spectral Densities of Large Matrices", 2016, f"{_ARXIV}1308.5467"),
     Source("schoenholz2017", "Deep Information Propagation", 2017, f"{_ARXIV}1611.01232"),
     Source(
         "hanin2018", "How to Start Training: The Effect of Initialization and Architecture", 2018, f"{_ARXIV}1803.01719"
@@ -82,6 +120,14 @@ FURTHER: tuple[Source, ...] = (
         f"{_ARXIV}2009.12836",
     ),
     Source(
+        "martens2020",
+        "New Insights and Perspectives on the Natural Gradient Method",
+        2020,
+        f"{_ARXIV}1412.1193",
+    ),
+    Source("yao2020", "PyHessian: Neural Networks Through the Lens of the Hessian", 2020, f"{_ARXIV}1912.07145"),
+    Source("meyer2021", "Hutch++: Optimal Stochastic Trace Estimation", 2021, f"{_ARXIV}2010.09649"),
+    Source(
         "dettmers2022", "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022, f"{_ARXIV}2208.07339"
     ),
     Source(
@@ -95,6 +141,12 @@ FURTHER: tuple[Source, ...] = (
         "Small-scale proxies for large-scale Transformer training instabilities",
         2023,
         f"{_ARXIV}2309.14322",
+    ),
+    Source(
+        "epperly2024",
+        "XTrace: Making the Most of Every Sample in Stochastic Trace Estimation",
+        2024,
+        f"{_ARXIV}2301.07825",
     ),
     Source("sun2024", "Massive Activations in Large Language Models", 2024, f"{_ARXIV}2402.17762"),
 )

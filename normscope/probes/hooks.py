@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from normscope.core.silence import is_silent
+
 _NO_MODES = nullcontext()
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
@@ -115,12 +117,13 @@ def _outside_modes() -> AbstractContextManager[object]:
 
 
 def _transformed() -> bool:
-    """Tell whether a compiler, a tracer, functorch or a fake mode runs the module: its tensors cannot be read."""
+    """Tell whether a compiler, a tracer, functorch, a fake mode or the toolkit itself runs: nothing is to be read."""
     return (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or (torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_FAKE) is not None)
+        or is_silent()
     )
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from normscope.core.site import Site
+from normscope.linalg.problem import Problem
+from normscope.linalg.protect import undisturbed
 from normscope.norms.recognize import NormParts
 from normscope.probes import hooks, layout, moments
-from normscope.probes.problem import Problem, undisturbed
 from normscope.probes.summary import Row, channel_row
 from normscope.probes.transfer import to_host
 
@@ -32,7 +33,7 @@ def measure(problem: Problem, norms: Mapping[str, NormParts]) -> dict[str, list[
         Rows by phase: "batch" and "population".
     """
     layers = {name: module for name, module in problem.model.named_modules() if name in norms}
-    batches = problem.batches[:MAX_BATCHES]
+    batches = problem.take(MAX_BATCHES)
     with undisturbed(problem.model):
         for module in problem.model.modules():
             module.training = False  # not eval(): an overridden train() may merge weights or freeze layers

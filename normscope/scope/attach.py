@@ -22,10 +22,10 @@ from torch.nn.parameter import is_lazy
 import normscope  # what judges is resolved when asked for: it loads pandas and scipy, training should not
 from normscope.core.errors import ArgumentError, unknown_name
 from normscope.core.store import Store, check_run
+from normscope.linalg.problem import Problem
 from normscope.norms.recognize import find_norms
 from normscope.probes import parameters
 from normscope.probes.hooks import Hooks
-from normscope.probes.problem import Problem
 from normscope.scope.session import PROBES, Session
 
 if TYPE_CHECKING:

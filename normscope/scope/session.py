@@ -16,12 +16,12 @@ from normscope.core.errors import StoreError
 from normscope.core.schedule import is_sampled, keeps_arrays
 from normscope.core.site import Site
 from normscope.core.store import Store
+from normscope.linalg.problem import Problem
 from normscope.norms.recognize import NormParts
 from normscope.probes import invariance, layout, optimizers, population, summary
 from normscope.probes.activations import Activations, on_host
 from normscope.probes.normalization import MAX_CHANNELS, Normalization
 from normscope.probes.parameters import Parameters, squared_norm
-from normscope.probes.problem import Problem
 from normscope.probes.transfer import to_host
 
 log = logging.getLogger("normscope")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from normscope.probes.problem import Problem
+from normscope.linalg.problem import Problem
 
 
 @dataclass(frozen=True)

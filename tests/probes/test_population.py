@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import normscope as ns
 from normscope.core.errors import ArgumentError
+from normscope.linalg.protect import undisturbed
 from normscope.probes import population
-from normscope.probes.problem import undisturbed
 from tests.awkward.tensors import MergingLinear, ReassignedNorm
 from tests.checks import bits
 from tests.probes.test_activations import reference
