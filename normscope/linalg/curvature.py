@@ -64,7 +64,7 @@ def product(
     flat, form = tree_flatten(found.output)
     live = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) and leaf.requires_grad]
     outputs = [flat[i] for i in live]
-    if not any(output.dim() for output in outputs):
+    if not outputs or not all(output.dim() for output in outputs):
         raise ArgumentError(
             f"operator={kind!r} needs the model's output, one row for each sample, but forward returned a "
             f"{type(found.output).__name__} without such a tensor; return (output, target) and let loss join them."
@@ -115,14 +115,12 @@ def _second(loss: Tensor, leaves: Sequence[Tensor]) -> _Metric:
 
 def _outer(slopes: Sequence[Sequence[Tensor]], scale: float) -> _Metric:
     """Return w -> scale * sum over draws of r (r . w), sample by sample."""
+    stacked = [torch.stack(drawn).flatten(2) for drawn in zip(*slopes, strict=True)]  # draws, samples, features
 
     def multiply(vector: Sequence[Tensor]) -> Sequence[Tensor]:
-        out = [torch.zeros_like(v) for v in vector]
-        for rows in slopes:
-            dots = sum(((r * v).flatten(1).sum(1) for r, v in zip(rows, vector, strict=True)), torch.zeros(()))
-            for total, r in zip(out, rows, strict=True):
-                total.addcmul_(r, (scale * dots).reshape(-1, *[1] * (r.dim() - 1)))
-        return out
+        pairs = list(zip(stacked, vector, strict=True))
+        dots = torch.stack([torch.einsum("dsf,sf->ds", r, v.flatten(1)) for r, v in pairs]).sum(0) * scale
+        return [torch.einsum("dsf,ds->sf", r, dots).reshape(v.shape) for r, v in pairs]
 
     return multiply
 
