@@ -18,7 +18,7 @@ Sources: pearlmutter1994 (products), schraudolph2002 (Gauss-Newton), martens2020
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +35,24 @@ if TYPE_CHECKING:
 KINDS = ("hessian", "ggn", "fisher", "mc-fisher")
 LIKELIHOODS = {"cross_entropy": "classes", "CrossEntropyLoss": "classes", "mse_loss": "normal", "MSELoss": "normal"}
 
+PLAIN = (
+    "Take its plain form: eager attention instead of a fused or flash kernel, the model before torch.compile, a "
+    "backward that can be differentiated."
+)
+
 # (a part of the vector for each chosen parameter, numbers of the chosen, whether another product follows) -> parts
 Product = Callable[[Sequence[Tensor], Sequence[int], bool], Sequence[Tensor]]
 _Metric = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 def product(
-    kind: str, problem: Problem, found: Evaluated, params: Sequence[Tensor], generator: torch.Generator, draws: int
+    kind: str,
+    problem: Problem,
+    found: Evaluated,
+    params: Sequence[Tensor],
+    generator: torch.Generator,
+    draws: int,
+    check: bool,
 ) -> Product:
     """Build the product of one batch; it holds the batch's graph.
 
@@ -52,6 +63,7 @@ def product(
         params: all parameters.
         generator: draws the targets of "mc-fisher".
         draws: how many for each sample.
+        check: whether to look through the graph for what has no second derivative.
 
     Returns:
         The product.
@@ -60,7 +72,7 @@ def product(
         ArgumentError: if the output is no tensor with a row for each sample, where one is needed.
     """
     if kind == "hessian":
-        return _hessian(found.loss, params)
+        return _hessian(found.loss, params, check)
     flat, form = tree_flatten(found.output)
     live = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) and leaf.requires_grad]
     outputs = [flat[i] for i in live]
@@ -76,19 +88,41 @@ def product(
         return checked_loss(found.criterion(tree_unflatten(whole, form), target))
 
     if kind == "ggn":
-        return _sandwich(outputs, params, _second(loss(found.target), leaves))
+        return _sandwich(outputs, params, _second(loss(found.target), leaves), check)
     targets = [found.target]
     if kind == "mc-fisher":
         targets = [_drawn(problem, leaves, found.target, generator) for _ in range(draws)]
     scale = (found.samples if problem.reduction == "mean" else 1.0) / len(targets)
     slopes = [grad(loss(target), leaves, allow_unused=True, materialize_grads=True) for target in targets]
-    return _sandwich(outputs, params, _outer(slopes, scale))
+    return _sandwich(outputs, params, _outer(slopes, scale), check)
 
 
-def _hessian(loss: Tensor, params: Sequence[Tensor]) -> Product:
+def refuse_single(derivatives: Sequence[Tensor]) -> None:
+    """Refuse derivatives that cannot be differentiated again: autograd would take the part as constant, silently.
+
+    Args:
+        derivatives: made with their graph.
+
+    Raises:
+        ArgumentError: if a backward in the graph is marked as once differentiable.
+    """
+    seen: set[object] = set()
+    waiting: list[Any] = [d.grad_fn for d in derivatives]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+            if node.name() == "torch::autograd::Error":
+                raise ArgumentError(f"model: an operation has no second derivative (once_differentiable). {PLAIN}")
+
+
+def _hessian(loss: Tensor, params: Sequence[Tensor], check: bool) -> Product:
     if not loss.requires_grad:
         return lambda vector, chosen, follows: [torch.zeros_like(v) for v in vector]
     slopes = grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
+    if check:
+        refuse_single(slopes)
 
     def multiply(vector: Sequence[Tensor], chosen: Sequence[int], follows: bool) -> Sequence[Tensor]:
         return _pull([slopes[i] for i in chosen], [params[i] for i in chosen], vector, follows)
@@ -96,10 +130,12 @@ def _hessian(loss: Tensor, params: Sequence[Tensor]) -> Product:
     return multiply
 
 
-def _sandwich(outputs: Sequence[Tensor], params: Sequence[Tensor], metric: _Metric) -> Product:
+def _sandwich(outputs: Sequence[Tensor], params: Sequence[Tensor], metric: _Metric, check: bool) -> Product:
     """Return v -> J^T M J v."""
     dummies = [torch.zeros_like(output, requires_grad=True) for output in outputs]
     pulled = grad(outputs, params, dummies, create_graph=True, allow_unused=True, materialize_grads=True)
+    if check:
+        refuse_single(pulled)
 
     def multiply(vector: Sequence[Tensor], chosen: Sequence[int], follows: bool) -> Sequence[Tensor]:
         pushed = _pull([pulled[i] for i in chosen], dummies, vector, True)

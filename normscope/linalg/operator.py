@@ -13,6 +13,7 @@ from torch import Tensor
 
 from normscope.core.errors import ArgumentError, unknown_name
 from normscope.linalg import curvature, gradient, ranks
+from normscope.linalg.protect import without_hooks
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -63,6 +64,7 @@ class Operator:
         self._every = self.names
         self._state = self._versions()
         self.matvecs = 0
+        self._unchecked = True
         self._kept: tuple[float, curvature.Product] | None = None
         if isinstance(problem.batches, (list, tuple)) and len(problem.batches) == 1:
             with problem.running(self.model) as evaluate, _explained():
@@ -187,7 +189,7 @@ class Operator:
         self._check_fresh()
         self.matvecs += len(vectors)
         parts = [self.split(vector) for vector in vectors]
-        with _explained():
+        with _explained(), without_hooks(self._params), torch.inference_mode(False):
             if self._kept is not None:
                 weight, multiply = self._kept
                 out = [_flat(multiply(part, self._chosen, True)) for part in parts]
@@ -213,7 +215,8 @@ class Operator:
         for number, batch in enumerate(self.problem.each()):
             found = evaluate(batch)
             draw = torch.Generator().manual_seed(self._seed + number + _STRIDE * ranks.rank(self.problem.distributed))
-            made = curvature.product(self.kind, self.problem, found, self._params, draw, self._draws)
+            made = curvature.product(self.kind, self.problem, found, self._params, draw, self._draws, self._unchecked)
+            self._unchecked = False
             yield self.problem.weight(found.samples), made
 
     def _check(self, tensor: object, axes: int) -> None:
@@ -261,8 +264,5 @@ def _explained() -> Iterator[None]:
         yield
     except RuntimeError as error:  # NotImplementedError is one
         if any(words in str(error) for words in _NO_SECOND):
-            raise ArgumentError(
-                f"model: an operation has no second derivative ({error}). Take its plain form: eager attention instead "
-                "of a fused or flash kernel, the model before torch.compile, a backward that can be differentiated."
-            ) from error
+            raise ArgumentError(f"model: an operation has no second derivative ({error}). {curvature.PLAIN}") from error
         raise
