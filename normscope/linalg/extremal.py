@@ -183,7 +183,7 @@ class _Search:
 
     def run(self, budget: int, verify: bool, tick: Any) -> None:
         krylov = self.krylov
-        while self.operator.matvecs < budget:
+        while True:
             krylov.step()
             tick.update()
             full = krylov.count == krylov.capacity
@@ -195,10 +195,12 @@ class _Search:
                 ended, hidden = self._judge(values, done, verify)
                 if ended and done and not hidden:
                     return
-                if ended:
+                if self.operator.matvecs < budget and ended:
                     self._begin_block(rotation, values)
-                elif full:
+                elif self.operator.matvecs < budget and full:
                     self._shrink()
+            if self.operator.matvecs >= budget:
+                return
 
     def _judge(self, values: Array, done: bool, verify: bool) -> tuple[bool, bool]:
         """Tell whether the present block can end, and whether more of the wanted may be hidden from it."""
@@ -210,18 +212,17 @@ class _Search:
         converged = krylov.beta * abs(inside[-1, best]) <= self.limits(found[best])
         if not done:
             return not krylov.beta, True
-        worst = self._key(values[self.k - 1]) + 10 * krylov.eps * krylov.norm
+        worst = self._key(values[self.k - 1]) + 10 * krylov.noise
         return bool(converged), bool(self._key(found[best]) > worst)
 
     def ritz(self) -> tuple[Array, Array, Array]:
         """Return Ritz values, the wanted first, their vectors in the basis, and their residuals."""
         values, rotation = self._sorted(self.krylov.projected)
-        noise = self.krylov.eps * self.krylov.norm
-        return values, rotation, np.maximum(self.krylov.beta * np.abs(rotation[-1]), noise)
+        return values, rotation, np.maximum(self.krylov.beta * np.abs(rotation[-1]), self.krylov.noise)
 
     def limits(self, values: Array) -> Array:
         """Return the largest residuals that count as converged; below round-off nothing can be asked for."""
-        return np.maximum(self.tol * np.abs(values), 10 * self.krylov.eps * self.krylov.norm)
+        return np.maximum(self.tol * np.abs(values), 10 * self.krylov.noise)
 
     def _sorted(self, matrix: Array) -> tuple[Array, Array]:
         values, rotation = np.linalg.eigh(matrix)

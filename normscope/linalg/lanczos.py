@@ -18,7 +18,7 @@ from torch import Tensor
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK = 1 << 16  # columns of the basis that a restart turns at once
-_NOISE = 100  # a remainder below this many units of round-off is no direction
+_NOISE = 2 / 3  # a remainder below round-off to this power, relative to the matrix, is no direction
 
 
 class Krylov:
@@ -33,6 +33,7 @@ class Krylov:
         count: number of basis vectors whose products are known.
         beta: norm of the remainder of the last product; 0 where the basis is invariant.
         norm: the largest norm of a column of T so far, an estimate of that of the matrix from below.
+        noise: what residuals cannot fall below: round-off, and remainders that were taken for it.
     """
 
     def __init__(self, multiply: Callable[[Tensor], Tensor], start: Tensor, capacity: int) -> None:
@@ -41,7 +42,7 @@ class Krylov:
         self._basis = start.new_empty(capacity + 1, len(start))
         self._t = np.zeros((capacity + 1, capacity + 1))
         self._basis[0] = start / start.norm()
-        self.count, self.beta, self.norm = 0, 0.0, 0.0
+        self.count, self.beta, self.norm, self.noise = 0, 0.0, 0.0, 0.0
         self.eps = torch.finfo(start.dtype).eps
 
     @property
@@ -70,7 +71,8 @@ class Krylov:
             before = after
         self.count = j + 1
         self.norm = max(self.norm, float(np.hypot(np.linalg.norm(t[: j + 1, j]), after)))
-        self.beta = after if after > _NOISE * self.eps * self.norm else 0.0
+        self.beta = after if after > self.eps**_NOISE * self.norm else 0.0
+        self.noise = max(self.noise, self.eps * self.norm, 0.0 if self.beta else after)
         if self.beta:
             self._basis[j + 1] = w / after
             t[j, j + 1] = t[j + 1, j] = after

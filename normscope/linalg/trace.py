@@ -111,12 +111,14 @@ def _hutchinson(operator: Operator, n: int, generator: torch.Generator, tick: An
 
 def _hutch(operator: Operator, n: int, generator: torch.Generator, tick: Any) -> tuple[Array, float | None]:
     """Return samples of the whole trace: each the sketch's part and one probe of the rest."""
-    third = min(n // 3, operator.size)
-    sketch = torch.stack([operator.signs(generator) for _ in range(third)], 1)
+    if operator.size <= n:
+        return _dense(operator, n, generator, tick)
+    third = n // 3
+    sketch = torch.stack([operator.normal(generator) for _ in range(third)], 1)  # signs may be dependent
     q = _orthonormal(operator.matmat(sketch), operator)
     known = float((q * operator.matmat(q)).sum(dtype=torch.float64))
     tick.update(third + q.shape[1])
-    if q.shape[1] < third or third == operator.size:  # the sketch holds the whole range
+    if q.shape[1] < third:  # the sketch holds the whole range
         return np.empty(0), known
     probes = torch.stack([operator.signs(generator) for _ in range(third)], 1)
     rest = probes - q @ (q.T @ probes)
@@ -131,17 +133,18 @@ def _xtrace(operator: Operator, n: int, generator: torch.Generator, tick: Any) -
     P_i = I - s_i s_i^T, H = Q^T A Q, x = P_i Q^T v_i and t = Q^T A v_i the estimate is
     tr(P_i H) + c_i (v_i^T A v_i - 2 x^T t + x^T H x); c_i puts the rest of v_i on the sphere that its mean has.
     """
-    half = min(n // 2, operator.size)
+    if operator.size <= n:
+        return _dense(operator, n, generator, tick)
+    half = n // 2
     vectors = torch.stack([operator.normal(generator) for _ in range(half)], 1)
     images = operator.matmat(vectors)
     q, r = torch.linalg.qr(images)
-    whole = _orthonormal(images, operator)
-    if whole.shape[1] < half or half == operator.size:
+    if (whole := _orthonormal(images, operator)).shape[1] < half:
         q = whole
     again = operator.matmat(q)
     tick.update(half + q.shape[1])
     h = (q.T @ again).double()
-    if q.shape[1] < half or half == operator.size:
+    if q.shape[1] < half:
         return np.empty(0), float(h.trace())
     s = torch.linalg.solve_triangular(r.double().T, torch.eye(half, dtype=torch.float64, device=r.device), upper=False)
     s = s / s.norm(dim=0)
