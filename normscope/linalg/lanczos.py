@@ -58,7 +58,7 @@ class Krylov:
         known = torch.as_tensor(t[first:j, j], dtype=w.dtype, device=w.device)
         w = torch.addmv(w, basis[first:j].T, known, alpha=-1)  # what is known to be there goes first, at little cost
         alpha = torch.dot(basis[j], w)
-        w.add_(basis[j] * -alpha)
+        w.addcmul_(basis[j], alpha, value=-1)
         t[j, j] += float(alpha)
         before = float(w.norm())
         for _ in range(2):
@@ -74,7 +74,7 @@ class Krylov:
         self.beta = after if after > self.eps**_NOISE * self.norm else 0.0
         self.noise = max(self.noise, self.eps * self.norm, 0.0 if self.beta else after)
         if self.beta:
-            self._basis[j + 1] = w / after
+            torch.div(w, after, out=self._basis[j + 1])
             t[j, j + 1] = t[j + 1, j] = after
 
     def begin_block(self, vector: Tensor) -> None:

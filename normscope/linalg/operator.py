@@ -192,8 +192,8 @@ class Operator:
         with _explained(), without_hooks(self._params), torch.inference_mode(False):
             if self._kept is not None:
                 weight, multiply = self._kept
-                out = [_flat(multiply(part, self._chosen, True)) for part in parts]
-                out = out if weight == self._total else [row.mul_(weight / self._total) for row in out]
+                share = weight / self._total
+                out = [_scaled(_flat(multiply(part, self._chosen, True)), share) for part in parts]
             else:
                 out = self._streamed(parts)
         for row in out:
@@ -201,13 +201,16 @@ class Operator:
         return out
 
     def _streamed(self, vectors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        out = [torch.zeros(self.size, dtype=self.dtype, device=self.device) for _ in vectors]
-        totals = [self.split(row) for row in out]
+        out: list[Tensor] = []
         with self.problem.running(self.model) as evaluate:
             for weight, multiply in self._products(evaluate):
-                for number, (vector, total) in enumerate(zip(vectors, totals, strict=True), 1):
-                    found = multiply(vector, self._chosen, number < len(vectors))
-                    for sums, piece in zip(total, found, strict=True):
+                first = not out
+                for number, vector in enumerate(vectors):
+                    found = multiply(vector, self._chosen, number < len(vectors) - 1)
+                    if first:
+                        out.append(_scaled(_flat(found), weight / self._total))
+                        continue
+                    for sums, piece in zip(self.split(out[number]), found, strict=True):
                         sums.add_(piece, alpha=weight / self._total)
         return out
 
@@ -255,6 +258,10 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _scaled(vector: Tensor, factor: float) -> Tensor:
+    return vector if factor == 1.0 else vector.mul_(factor)
 
 
 @contextmanager
