@@ -91,8 +91,9 @@ class Case:
         own = next((row["gradients"] for row in self.rows if row["task"] == task), cost)
         row = (self.name, task, engine, cost, matvecs, error, cost / own)
         self.rows.append(dict(zip(FIELDS, row, strict=True)))
+        wrong = "" if error == "" else f"{error:.1e}"
         print(
-            f"{self.name:12s} {task:22s} {engine:22s} {cost:9.2f}  {matvecs!s:>5}  {error!s:>9.9}  {cost / own:.2f}",
+            f"{self.name:12s} {task:22s} {engine:22s} {cost:9.2f} {matvecs!s:>5} {wrong:>8} {cost / own:.2f}",
             flush=True,
         )
 
