@@ -203,7 +203,7 @@ def test_traces_lie_within_their_standard_errors(method):
     assert abs(scores.mean()) < 1
     spread = np.std([f.value for f in found])
     assert np.median([f.standard_error for f in found]) == pytest.approx(spread, rel=0.6)
-    assert (found[0].n, found[0].status) == (len([1] * found[0].n), Status.SAMPLED)
+    assert (found[0].n, found[0].status) == ({"hutchinson": 30, "hutch++": 10, "xtrace": 15}[method], Status.SAMPLED)
 
 
 def test_sketches_pay_where_the_spectrum_decays():
