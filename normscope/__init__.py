@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from normscope import gradients, norms
+    from normscope import gradients, norms, weights
     from normscope.core.errors import ArgumentError, NormscopeError, StoreError
     from normscope.core.finding import Finding, Verdict
     from normscope.core.reading import load
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from normscope.report import write_report
     from normscope.scope.attach import Scope, attach
 
-_PACKAGES = ("gradients", "norms")
+_PACKAGES = ("gradients", "norms", "weights")
 _NAMES = {
     "ArgumentError": "normscope.core.errors",
     "Finding": "normscope.core.finding",
@@ -52,14 +52,15 @@ __all__ = [
     "Verdict",
     "attach",
     "diagnose",
-    "gradients",
     "diagonal",
     "eigenpairs",
+    "gradients",
     "layerwise",
     "load",
     "norms",
     "spectrum",
     "trace",
+    "weights",
     "write_report",
 ]
 

@@ -110,8 +110,26 @@ FURTHER: tuple[Source, ...] = (
     Source(
         "hanin2018", "How to Start Training: The Effect of Initialization and Architecture", 2018, f"{_ARXIV}1803.01719"
     ),
+    Source(
+        "mhammedi2017",
+        "Efficient Orthogonal Parametrisation of Recurrent Neural Networks Using Householder Reflections",
+        2017,
+        f"{_ARXIV}1612.00188",
+    ),
+    Source(
+        "yoshida2017",
+        "Spectral Norm Regularization for Improving the Generalizability of Deep Learning",
+        2017,
+        f"{_ARXIV}1705.10941",
+    ),
     Source("micikevicius2018", "Mixed Precision Training", 2018, f"{_ARXIV}1710.03740"),
     Source("lu2019", "Dying ReLU and Initialization: Theory and Numerical Examples", 2019, f"{_ARXIV}1903.06733"),
+    Source(
+        "lezcano2019",
+        "Trivializations for Gradient-Based Optimization on Manifolds",
+        2019,
+        f"{_ARXIV}1909.09501",
+    ),
     Source("luther2019", "Sample Variance Decay in Randomly Initialized ReLU Networks", 2019, f"{_ARXIV}1902.04942"),
     Source(
         "huang2020",

@@ -109,14 +109,15 @@ def _selected(model: nn.Module, where: Where) -> dict[str, NormParts]:
     chosen = {
         path: parts
         for path, parts in found.items()
-        if any(_meant(where, alias, model.get_submodule(path)) for alias in aliases[model.get_submodule(path)])
+        if any(meant(where, alias, model.get_submodule(path)) for alias in aliases[model.get_submodule(path)])
     }
     if not chosen:
         raise ArgumentError(f"where={where!r} matches none of the {len(found)} norms: {_listed(list(found))}.")
     return chosen
 
 
-def _meant(where: Where, path: str, module: nn.Module) -> bool:
+def meant(where: Where, path: str, module: nn.Module) -> bool:
+    """Tell whether `where` names a module: a pattern of paths, classes, a function of path and module; None is all."""
     if where is None:
         return True
     if isinstance(where, str):

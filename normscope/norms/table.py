@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-from normscope.core.errors import ArgumentError, unknown_name
+from normscope.core.errors import ArgumentError
+from normscope.core.named import Named
 from normscope.norms.families import (
     areas,
     domain,
@@ -41,48 +41,11 @@ ROWS: tuple[Row, ...] = (
 COMMON = ("eps", "momentum", "affine", "groups")
 _DEFAULT: Final[Any] = object()
 
-
-class Zoo(Mapping[str, Row]):
-    """Name to row, in the order of the table; aliases are found but not listed."""
-
-    def __init__(self, rows: tuple[Row, ...]) -> None:
-        """Index the rows by name and alias.
-
-        Raises:
-            ArgumentError: two rows have the same name.
-        """
-        self._rows = {row.name: row for row in rows}
-        self._aliases = {alias: row for row in rows for alias in row.aliases}
-        names = [name for row in rows for name in (row.name, *row.aliases)]
-        if len(names) > len(set(names)):
-            raise ArgumentError(f"rows share the names {sorted({n for n in names if names.count(n) > 1})}.")
-
-    def __getitem__(self, name: str) -> Row:
-        """Return a row by name or alias; an unknown name is an ArgumentError with the closest names."""
-        found = self._rows.get(name) or self._aliases.get(name)
-        if found is None:
-            raise unknown_name("name", name, [*self._rows, *self._aliases], "print(zoo) lists them with their parts.")
-        return found
-
-    def __contains__(self, name: object) -> bool:
-        """Tell whether a name or an alias is known."""
-        return name in self._rows or name in self._aliases
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names."""
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._rows)
-
-    def __repr__(self) -> str:
-        """Write a line for each row."""
-        lines = (f"{name:<28}{' x '.join(row.words().values())}" for name, row in self._rows.items())
-        return f"{len(self)} normalizations: name, area x operation x recovery x population\n" + "\n".join(lines)
-
-
-zoo: Final = Zoo(ROWS)
+zoo: Final = Named(
+    ROWS,
+    "normalizations: name, area x operation x recovery x population",
+    lambda row: " x ".join(row.words().values()),
+)
 
 
 def build(
