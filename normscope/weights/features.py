@@ -14,22 +14,27 @@ def instance_covariance(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Return the covariance of channels of each instance-normalized image: F F^T / (HW - 1) + eps I.
 
     Args:
-        x: features `(N, C, H, W)`.
+        x: features `(N, C, *)`.
         eps: of the normalization, and added to the diagonal.
 
     Returns:
         `(N, C, C)`.
     """
-    f = F.instance_norm(x, eps=eps).flatten(2)
-    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    return f @ f.mT / (f.shape[2] - 1) + eps * eye
+    return covariance(F.instance_norm(x, eps=eps), eps)
+
+
+def covariance(f: Tensor, eps: float = 1e-5) -> Tensor:
+    """Return F F^T / (HW - 1) + eps I of each image, whose channels have mean 0 already."""
+    rows = f.flatten(2)
+    eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
+    return rows @ rows.mT / (rows.shape[2] - 1) + eps * eye
 
 
 def instance_whitening(x: Tensor, *, mask: Tensor | None = None, margin: float = 0.0, eps: float = 1e-5) -> Tensor:
-    """Instance (selective) whitening: the mean over images of relu(sum |cov * mask| - margin) / entries of the mask.
+    """Instance (selective) whitening: `suppression` of the covariance of instance-normalized features.
 
     Args:
-        x: features `(N, C, H, W)`.
+        x: features `(N, C, *)`.
         mask: `(C, C)`, which covariances to suppress; None for all above the diagonal. `selective_mask` selects those
             that change with the style.
         margin: what is tolerated in sum.
@@ -38,7 +43,11 @@ def instance_whitening(x: Tensor, *, mask: Tensor | None = None, margin: float =
     Returns:
         A scalar.
     """
-    cov = instance_covariance(x, eps)
+    return suppression(instance_covariance(x, eps), mask, margin)
+
+
+def suppression(cov: Tensor, mask: Tensor | None = None, margin: float = 0.0) -> Tensor:
+    """Return the mean over images of relu(sum |cov * mask| - margin) / (entries of the mask)."""
     chosen = torch.ones_like(cov[0]).triu(1) if mask is None else mask.to(cov)
     excess = ((cov * chosen).abs().sum((1, 2)) - margin).clamp_min(0) / chosen.sum().clamp_min(1)
     return excess.mean()

@@ -175,12 +175,12 @@ def retract(model: nn.Module) -> None:
                 old.copy_(new)
 
 
-def in_manifold(model: nn.Module, tol: float = 1e-6) -> dict[str, bool]:
+def in_manifold(model: nn.Module, tol: float | None = None) -> dict[str, bool]:
     """Tell for each parametrized layer whether its weight in use is one that its method makes.
 
     Args:
         model: any module.
-        tol: the largest deviation that passes.
+        tol: the largest deviation that passes; None for that of each method.
 
     Returns:
         Path to truth.

@@ -9,8 +9,8 @@ from torch.nn.utils import parametrizations
 from normscope.core.errors import ArgumentError
 from normscope.norms.part import divide, positive, require
 from normscope.norms.roots import newton, zca
+from normscope.weights.borrowed import Borrowed
 from normscope.weights.parametrization import Layout, Parametrization, RowMap, gram_deviation
-from normscope.weights.scaling import Borrowed, borrow
 from normscope.weights.spectral import check_iterations
 
 
@@ -144,19 +144,10 @@ class LieOrthogonal(Borrowed):
         require(kind, "kind", ("matrix_exp", "cayley", "householder"))
         if not trivialize and kind != "householder":
             raise ArgumentError(f"trivialize=False: {kind} has no inverse without a base; only householder has.")
-        rows = layout.rows(weight.detach())
-        inner = borrow(rows, parametrizations.orthogonal, orthogonal_map=kind, use_trivialization=trivialize)
-        super().__init__(layout, inner)
+        super().__init__(
+            layout, weight, parametrizations.orthogonal, orthogonal_map=kind, use_trivialization=trivialize
+        )
         self.trivialize = trivialize
-
-    def forward(self, *raw: Tensor) -> Tensor:
-        """Return the weight in use."""
-        return self.layout.back(super().forward(self.layout.rows(raw[0])), raw[0].shape)
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """Make the orthogonalized weight the base, and return the raw tensor of no rotation."""
-        raw: Tensor = super().right_inverse(self.layout.rows(weight))
-        return self.layout.back(raw, weight.shape).contiguous()
 
     def retract(self, *raw: Tensor) -> tuple[Tensor, ...] | None:
         """Make the weight in use the base."""
@@ -179,6 +170,8 @@ class Parseval(Parametrization):
         beta: b.
         divided: whether convolutions are divided.
     """
+
+    tolerance = 0.1
 
     def __init__(self, layout: Layout, weight: Tensor, beta: float = 3e-4, divided: bool = True) -> None:
         """Hold the settings."""
@@ -271,21 +264,23 @@ class Isometric(Parametrization):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the weight; the first time the identity, for a kernel that is not 7 x 7."""
         first, self.applied = not self.applied, True
-        return nn.init.dirac_(torch.empty_like(weight)) if first and self.initialize else weight
+        if first and self.initialize:
+            return nn.init.dirac_(torch.empty_like(weight), self.layout.groups)
+        return weight
 
     @torch.no_grad()
-    def in_manifold(self, weight: Tensor, tol: float = 1e-6) -> bool:
+    def in_manifold(self, weight: Tensor, tol: float | None = None) -> bool:
         """Tell whether the kernel's correlation with itself is the identity, on the side with fewer channels.
 
         Args:
             weight: the kernel.
-            tol: the largest entry that may be left.
+            tol: the largest entry that may be left; None for `tolerance`.
 
         Returns:
             True for an isometry.
         """
-        kernel = weight if weight.ndim > 2 else weight[..., None]
-        return bool(self_correlation_error(kernel).abs().amax() <= tol)
+        errors = [self_correlation_error(k).abs().amax() for k in self.layout.kernels(weight)]
+        return bool(torch.stack(errors).amax() <= (self.tolerance if tol is None else tol))
 
 
 def self_correlation_error(kernel: Tensor, stride: int = 1, padding: int | None = None) -> Tensor:

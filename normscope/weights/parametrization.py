@@ -24,11 +24,13 @@ class Layout:
         transposed: number of groups of a transposed convolution, whose weight is `(in, out / groups, *)`; 0 for others.
         conv: whether the layer is a convolution.
         kernel: number of taps of the kernel, 1 for a linear layer.
+        groups: number of groups of a convolution.
     """
 
     transposed: int = 0
     conv: bool = False
     kernel: int = 1
+    groups: int = 1
 
     @classmethod
     def of(cls, module: nn.Module) -> Layout:
@@ -36,7 +38,7 @@ class Layout:
         if not isinstance(module, _ConvNd):
             return cls()
         transposed = module.groups if isinstance(module, _ConvTransposeNd) else 0
-        return cls(transposed, conv=True, kernel=math.prod(module.kernel_size))
+        return cls(transposed, conv=True, kernel=math.prod(module.kernel_size), groups=module.groups)
 
     @property
     def dim(self) -> int:
@@ -49,6 +51,11 @@ class Layout:
             return weight.reshape(weight.shape[0], -1)
         groups, outputs = self.transposed, weight.shape[1]
         return weight.reshape(groups, -1, outputs, self.kernel).transpose(1, 2).reshape(groups * outputs, -1)
+
+    def kernels(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Return the kernel `(out, in, *)` of each group; a matrix is a kernel of one tap."""
+        kernel = weight if weight.ndim > 2 else weight[..., None]
+        return tuple(k.transpose(0, 1) if self.transposed else k for k in kernel.chunk(self.groups))
 
     def back(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """Return a matrix `(out, fan_in)` in the shape of the weight."""
@@ -64,9 +71,12 @@ class Parametrization(nn.Module):
     Attributes:
         invariance: "row", "tensor" or "none": a positive factor on each row (output unit) of the raw weight, or on the
             whole of it, leaves the weight in use as it was, up to eps.
+        tolerance: largest deviation of a weight on the manifold, unless told otherwise: more than rounding where a
+            method's eps or iteration leaves more.
     """
 
     invariance: str = "none"
+    tolerance: float = 1e-6
 
     def __init__(self, layout: Layout) -> None:
         """Hold the layout."""
@@ -86,17 +96,19 @@ class Parametrization(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say what it makes.")
 
     @torch.no_grad()
-    def in_manifold(self, weight: Tensor, tol: float = 1e-6) -> bool:
+    def in_manifold(self, weight: Tensor, tol: float | None = None) -> bool:
         """Tell whether a weight, in the shape of the layer's, is one that this method makes.
 
         Args:
             weight: the weight in use.
-            tol: the largest deviation that passes, as a rule of an entry of the condition.
+            tol: the largest deviation that passes; None for the method's `tolerance`.
 
         Returns:
-            True if the deviation is at most `tol`; a weight with NaN is never in the manifold.
+            True if the deviation is at most `tol`; a weight with NaN or infinity is never in the manifold.
         """
-        return bool(self.deviation(self.layout.rows(weight)) <= tol)
+        if not weight.isfinite().all():
+            return False
+        return bool(self.deviation(self.layout.rows(weight)) <= (self.tolerance if tol is None else tol))
 
 
 class RowMap(Parametrization):

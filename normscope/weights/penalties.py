@@ -121,7 +121,7 @@ def orthogonal_convolution(
     """Orthogonal convolution: |conv(K, K) - I0|_F, for the whole operator on a map and not the kernel's matrix alone.
 
     Args:
-        kernel: `(out, in, *)`; a matrix or a 1 x 1 kernel gives |W^T W - I|_F of the smaller Gram matrix.
+        kernel: `(out, in, *)`; one of a single tap gives |W^T W - I|_F of the smaller Gram matrix.
         side: "out" for orthogonal rows of the operator, "in" for orthogonal columns (of two-dimensional kernels).
         stride: of the layer.
         padding: of the correlation, for "out"; None for floor((k - 1) / stride) stride.
@@ -134,7 +134,7 @@ def orthogonal_convolution(
         ArgumentError: there is no such side, or columns of a kernel that is not two-dimensional are asked for.
     """
     require(side, "side", ("out", "in"))
-    if kernel.ndim == 2 or kernel[0, 0].numel() == 1:
+    if kernel[0, 0].numel() == 1:
         error = gram_error(kernel.flatten(1))
     elif side == "out":
         pad = (kernel.shape[-1] - 1) // stride * stride if padding is None else padding
@@ -167,11 +167,10 @@ def isometric(kernel: Tensor, *, stride: int = 1) -> Tensor:
     """Isometric penalty: |conv(K, K; padding k - 1, stride) - I0|_F^2 / 2, on the side with fewer channels.
 
     Args:
-        kernel: `(out, in, *)`, or a matrix.
+        kernel: `(out, in, *)`.
         stride: of the layer.
 
     Returns:
         A scalar.
     """
-    k = kernel if kernel.ndim > 2 else kernel[..., None]
-    return self_correlation_error(k, stride).square().sum() / 2
+    return self_correlation_error(kernel, stride).square().sum() / 2

@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations
 
 from normscope.core.errors import ArgumentError
 from normscope.norms.part import require
+from normscope.weights.borrowed import borrow
 from normscope.weights.parametrization import Drawn, Layout, Parametrization, gram_deviation, require_square
-from normscope.weights.scaling import borrow
 
 
 def real_form(u: Tensor) -> Tensor:

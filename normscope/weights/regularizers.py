@@ -91,7 +91,8 @@ class Regularizer:
     """A penalty with its settings: called on a model it gives the total, `per_layer` the value of each layer.
 
     What it returns has a gradient and is to be added to the loss. It sees the weight in use, also of parametrized
-    layers. A weight that several layers share counts once.
+    layers. A weight that several layers share counts once; groups of a convolution count for themselves where the
+    penalty is of kernels.
     """
 
     def __init__(self, row: Penalty, where: Where, strength: float, options: dict[str, Any]) -> None:
@@ -151,10 +152,9 @@ class Regularizer:
         weight: Tensor = getattr(module, _weight(module))
         if self.row.of == "matrix":
             return self.row.value(Layout.of(module).rows(weight), **self.options)
-        options = dict(self.options)
-        if isinstance(module, _ConvNd) and "stride" not in options:
-            options["stride"] = module.stride[0]
-        return self.row.value(weight, **options)
+        stride = module.stride[0] if isinstance(module, _ConvNd) else 1
+        options = {"stride": stride, **self.options}
+        return torch.stack([self.row.value(k, **options) for k in Layout.of(module).kernels(weight)]).sum()
 
 
 class FeatureRegularizer(Regularizer):

@@ -1,49 +1,12 @@
-"""Methods that center and scale each output unit's weights on their own, and weight normalization of torch."""
+"""Methods that center and scale each output unit's weights on their own."""
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 from normscope.norms.part import positive, require
 from normscope.weights.parametrization import Layout, Parametrization, RowMap
-
-
-class Borrowed(Parametrization):
-    """Base of methods that torch.nn.utils.parametrizations has: its module is held as `inner`."""
-
-    def __init__(self, layout: Layout, inner: nn.Module) -> None:
-        """Hold torch's module."""
-        super().__init__(layout)
-        self.inner = inner
-
-    def forward(self, *raw: Tensor) -> Tensor:
-        """Return the weight in use."""
-        return cast(Tensor, self.inner.forward(*raw))
-
-    def right_inverse(self, weight: Tensor) -> Any:
-        """Return raw tensors for a weight, as torch does."""
-        return cast(Any, self.inner).right_inverse(weight)
-
-
-def borrow(weight: Tensor, register: Any, **options: Any) -> nn.Module:
-    """Return the module with which a function of torch.nn.utils.parametrizations parametrizes a weight.
-
-    Args:
-        weight: example.
-        register: the function.
-        **options: of the function.
-
-    Returns:
-        The module.
-    """
-    holder = nn.Module()
-    holder.weight = nn.Parameter(weight.detach().clone())
-    register(holder, "weight", **options)
-    return cast(Any, holder).parametrizations.weight[0]  # type: ignore[no-any-return]
 
 
 def length_deviation(rows: Tensor) -> Tensor:
@@ -52,8 +15,11 @@ def length_deviation(rows: Tensor) -> Tensor:
     return off
 
 
-class WeightNorm(Borrowed):
+class WeightNorm(Parametrization):
     """Weight normalization: w = g v / |v|, a length g for each output unit, or one for the tensor.
+
+    Raw tensors and their names are those of torch.nn.utils.parametrizations.weight_norm, so that states fit both; its
+    second derivative for lengths of rows is wrong (torch 2.13), so the product is written out here.
 
     Args:
         layout: of the weight.
@@ -62,15 +28,24 @@ class WeightNorm(Borrowed):
     """
 
     def __init__(self, layout: Layout, weight: Tensor, per: str = "row") -> None:
-        """Take torch's."""
+        """Choose the dimensions of a length."""
         require(per, "per", ("row", "tensor"))
-        dim = layout.dim if per == "row" else None
-        super().__init__(layout, borrow(weight, parametrizations.weight_norm, dim=dim))
+        super().__init__(layout)
         self.invariance = per
+        self.dims = None if per == "tensor" else tuple(d for d in range(weight.ndim) if d != layout.dim)
+
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        """Return the weight in use."""
+        scaled: Tensor = v * (g / torch.linalg.vector_norm(v, dim=self.dims, keepdim=self.dims is not None))
+        return scaled
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return lengths and the weight."""
+        return torch.linalg.vector_norm(weight, dim=self.dims, keepdim=self.dims is not None), weight
 
     def deviation(self, rows: Tensor) -> Tensor:
-        """Every weight without NaN is one of its."""
-        return rows.isfinite().logical_not().any().to(rows.dtype)
+        """Every finite weight is one of its."""
+        return rows.new_zeros(())
 
 
 class Centered(RowMap):
@@ -86,6 +61,7 @@ class Centered(RowMap):
     """
 
     invariance = "row"
+    tolerance = 1e-3
 
     def __init__(
         self,
@@ -114,10 +90,8 @@ class Centered(RowMap):
         return scaled
 
     def deviation(self, rows: Tensor) -> Tensor:
-        """Rows have length s up to eps, and mean 0 if centered."""
-        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        # |v| / (|v| + eps) falls short of 1 by eps / |v|
-        off = ((length / self.scale - 1).abs() - self.eps / length).amax().clamp_min(0)
+        """Rows have length s, short of it by eps / |v|, and mean 0 if centered."""
+        off = length_deviation(rows / self.scale)
         return torch.maximum(off, rows.mean(1).abs().amax()) if self.center else off
 
 
@@ -202,6 +176,7 @@ class Standardized(RowMap):
     """
 
     invariance = "row"
+    tolerance = 1e-3
 
     def __init__(
         self, layout: Layout, weight: Tensor, unbiased: bool = True, inside: bool = False, eps: float = 1e-5
@@ -220,9 +195,9 @@ class Standardized(RowMap):
         return (rows - mean) / (var.clamp_min(torch.finfo(var.dtype).tiny).sqrt() + self.eps)
 
     def deviation(self, rows: Tensor) -> Tensor:
-        """Rows have mean 0 and deviation 1, short of it by what eps takes."""
+        """Rows have mean 0 and deviation 1, short of it by eps / sd(v)."""
         var, mean = torch.var_mean(rows, 1, correction=int(self.unbiased))
-        return torch.maximum(mean.abs().amax(), ((var.sqrt() - 1).abs() - 10 * self.eps).amax().clamp_min(0))
+        return torch.maximum(mean.abs().amax(), (var.sqrt() - 1).abs().amax())
 
 
 class ScaledStandardized(RowMap):
@@ -238,6 +213,7 @@ class ScaledStandardized(RowMap):
     """
 
     invariance = "row"
+    tolerance = 1e-3
 
     def __init__(
         self,
@@ -261,7 +237,7 @@ class ScaledStandardized(RowMap):
         return (rows - mean) * (square.rsqrt() * self.gain * self.gamma)
 
     def deviation(self, rows: Tensor) -> Tensor:
-        """Rows have mean 0, and a scaled variance of (gain gamma)^2 at most."""
+        """Rows have mean 0, and the root of the scaled variance is |gain gamma|."""
         var, mean = torch.var_mean(rows, 1, correction=int(self.unbiased))
-        over = (var * rows.shape[1]).sqrt() - (self.gain[:, 0] * self.gamma).abs()
-        return torch.maximum(mean.abs().amax(), over.amax().clamp_min(0))
+        off = (var * rows.shape[1]).sqrt() - (self.gain[:, 0] * self.gamma).abs()
+        return torch.maximum(mean.abs().amax(), off.abs().amax())

@@ -8,8 +8,8 @@ from torch.nn.utils import parametrizations
 
 from normscope.core.errors import ArgumentError
 from normscope.norms.part import positive
+from normscope.weights.borrowed import Borrowed
 from normscope.weights.parametrization import Layout, Parametrization, RowMap
-from normscope.weights.scaling import Borrowed, borrow
 
 
 def spectral_deviation(rows: Tensor) -> Tensor:
@@ -31,12 +31,12 @@ class SpectralNorm(Borrowed):
     """
 
     invariance = "tensor"
+    tolerance = 0.05
 
     def __init__(self, layout: Layout, weight: Tensor, iterations: int = 1, eps: float = 1e-12) -> None:
         """Take torch's, which starts with 15 steps."""
         check_iterations(iterations)
-        inner = borrow(weight, parametrizations.spectral_norm, n_power_iterations=iterations, eps=eps, dim=layout.dim)
-        super().__init__(layout, inner)
+        super().__init__(layout, weight, parametrizations.spectral_norm, n_power_iterations=iterations, eps=eps)
 
     def deviation(self, rows: Tensor) -> Tensor:
         """The largest singular value is 1; it is as far from it as power iteration is from the vectors."""
@@ -54,6 +54,7 @@ class LeftFirstSpectralNorm(RowMap):
     """
 
     invariance = "tensor"
+    tolerance = 0.05
     u: Tensor
     v: Tensor
 
