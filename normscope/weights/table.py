@@ -133,7 +133,7 @@ ROWS: Final[tuple[Row, ...]] = (
         ("oni_conv_T5", "oni_conv_rowfix", "oni_linear_row_T4"),
     ),
     Row("parseval", "S102", Parseval, "none", (), ("parseval_retraction",), step=True),
-    Row("projection", "S126", Projected, "row", ("oblique",), step=True),
+    Row("projection", "S126", Projected, "none", ("oblique",), step=True),
     Row(
         "exponential",
         "lezcano2019",
