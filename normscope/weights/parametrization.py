@@ -120,6 +120,8 @@ class RowMap(Parametrization):
 
     def forward(self, raw: Tensor) -> Tensor:
         """Return the weight in use."""
+        if raw.ndim == 2:
+            return self.map(raw)
         return self.layout.back(self.map(self.layout.rows(raw)), raw.shape)
 
 

@@ -31,11 +31,13 @@ class WeightNorm(Parametrization):
         """Choose the dimensions of a length."""
         require(per, "per", ("row", "tensor"))
         super().__init__(layout)
-        self.invariance = per
+        self.invariance, self.dim = per, layout.dim
         self.dims = None if per == "tensor" else tuple(d for d in range(weight.ndim) if d != layout.dim)
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """Return the weight in use."""
+        if self.dims and not (torch.is_grad_enabled() and (g.requires_grad or v.requires_grad)):
+            return torch._weight_norm(v, g, self.dim)  # one kernel where nothing is differentiated
         scaled: Tensor = v * (g / torch.linalg.vector_norm(v, dim=self.dims, keepdim=self.dims is not None))
         return scaled
 
