@@ -136,7 +136,7 @@ class LieOrthogonal(Borrowed):
         layout: of the weight.
         weight: example.
         kind: "matrix_exp", "cayley" or "householder".
-        trivialize: keep the orthogonalized weight as a base; False only with householder, for "its own" A.
+        trivialize: keep the orthogonalized weight as a base; False only with householder, which reaches it without one.
     """
 
     def __init__(self, layout: Layout, weight: Tensor, kind: str, trivialize: bool = True) -> None:

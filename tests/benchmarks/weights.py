@@ -82,7 +82,7 @@ def timed(candidates, x, rounds, training):
         # in a new order each time, so that none is always the first after another
         for place in random.sample(range(len(candidates)), len(candidates)):
             layer, n = candidates[place], calls[place]
-            found[place] = min(seconds(layer, x, n, training) for _ in range(3))
+            found[place] = min(seconds(layer, x, n, training) for _ in range(2))
         times.append(found)
     return times
 
@@ -173,7 +173,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for weights.csv and weights.md")
     parser.add_argument("--names", nargs="*", help="only these rows")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
