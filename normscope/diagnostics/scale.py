@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -377,7 +378,7 @@ def _onset(record: Record, site: str, top: pd.Series) -> int | None:
 
 def _too_fast(fast: pd.DataFrame, evidence: dict[str, float]) -> list[Finding]:
     angle = float(fast["angle"].iloc[0])
-    return EFFECTIVE_RATE.found(
+    return replace(EFFECTIVE_RATE, threshold=FAST).found(
         Verdict.WARNING,
         f"{fast.index[0]} turns by {angle:.2g} rad per step (threshold {FAST:g}): it forgets its direction in "
         f"{max(angle**-2, 1):.0f} steps; {count(len(fast), 'scale-invariant weight')} beyond it.",
@@ -415,7 +416,8 @@ def _no_decay(none: pd.DataFrame, weights: int) -> list[Finding]:
     top = none.iloc[0]
     lost = top["effective_first"] / top["effective_last"] * top["rate_last"] / top["rate_first"]
     said = f", which alone divides its effective learning rate by {lost:.2g}" if np.isfinite(lost) else ""
-    return DECAY.found(
+    origin = "identity: at 1.5 the effective learning rate of SGD is divided by 2.25"
+    return replace(DECAY, threshold=GROWN, threshold_source=origin).found(
         Verdict.NOTE,
         f"{none.index[0]} has no decay and its norm has grown {fold(top['growth'])} in {top['steps']:.0f} steps "
         f"(threshold {GROWN:g}){said}; {len(none)} of {weights} scale-invariant weights.",
