@@ -152,7 +152,8 @@ def effective_rate(record: Record) -> list[Finding]:
     size = np.maximum(change, 1 / change)
     worst = frame.assign(change=change, size=size).sort_values("size", ascending=False, na_position="last")
     top, site = worst.iloc[0], str(worst.index[0])
-    turning = frame["angle"].max()
+    angle = frame["angle"].where(np.isfinite(frame["angle"]))
+    turning = angle.max()
     evidence = _numbers(
         norm_change=top["change"],
         angle=turning,
@@ -160,7 +161,7 @@ def effective_rate(record: Record) -> list[Finding]:
         effective_last=top["effective_last"],
     )
     said = f"{site}: the norm went from {top['norm_first']:.3g} to {top['norm_last']:.3g} in {top['steps']:.0f} steps"
-    alone = top["effective_last"] / top["effective_first"] * top["rate_first"] / top["rate_last"]
+    alone = _alone(worst).iloc[0]
     said += f", which alone multiplies its effective learning rate by {alone:.2g}" if np.isfinite(alone) else ""
     beyond = worst[worst["size"] > NORM]
     if len(beyond):
@@ -177,7 +178,7 @@ def effective_rate(record: Record) -> list[Finding]:
             else None,
             remedy="Lower weight_decay or the learning rate of these weights' parameter group." if shrunk else None,
         )
-    fast = frame[frame["angle"] > FAST].sort_values("angle", ascending=False)
+    fast = frame[angle > FAST].sort_values("angle", ascending=False)
     if len(fast):
         return _too_fast(fast, evidence)
     return EFFECTIVE_RATE.ok(
@@ -337,6 +338,11 @@ def gain_collapse(record: Record) -> list[Finding]:
     )
 
 
+def _alone(frame: pd.DataFrame) -> pd.Series:
+    """Return by what the norm alone has multiplied effective learning rates, beside the schedule."""
+    return frame["effective_last"] / frame["effective_first"] * frame["rate_first"] / frame["rate_last"]
+
+
 def _numbers(**values: float) -> dict[str, float]:
     """Return the numbers that are known."""
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}
@@ -414,8 +420,8 @@ def _without_form(record: Record, frame: pd.DataFrame) -> list[Finding]:
 
 def _no_decay(none: pd.DataFrame, weights: int) -> list[Finding]:
     top = none.iloc[0]
-    lost = top["effective_first"] / top["effective_last"] * top["rate_last"] / top["rate_first"]
-    said = f", which alone divides its effective learning rate by {lost:.2g}" if np.isfinite(lost) else ""
+    alone = _alone(none).iloc[0]
+    said = f", which alone multiplies its effective learning rate by {alone:.2g}" if np.isfinite(alone) else ""
     origin = "identity: at 1.5 the effective learning rate of SGD is divided by 2.25"
     return replace(DECAY, threshold=GROWN, threshold_source=origin).found(
         Verdict.NOTE,

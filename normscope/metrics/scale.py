@@ -234,6 +234,7 @@ _SUMMARY = (
 )
 
 
+@np.errstate(all="ignore")  # a diverged run holds infinities
 def _developed(frame: pd.DataFrame, end: int, rule: str) -> dict[str, float]:
     late = frame.tail(max(MIN_STEPS, len(frame) // tables.LATE_FRACTION))
     steps = np.diff(np.append(frame.index.to_numpy(), max(end, int(frame.index[-1]) + 1)))
