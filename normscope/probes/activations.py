@@ -13,7 +13,8 @@ from torch import nn
 
 from normscope.core.site import Site
 from normscope.norms.recognize import NormParts
-from normscope.probes import hooks, layout, moments, normalization, tails
+from normscope.probes import covariance, factors, hooks, layout, moments, normalization, tails
+from normscope.probes.factors import Factors
 from normscope.probes.normalization import Calls
 
 MAX_CALLS = 8  # calls of one module in one pass told apart; the rest join the last
@@ -32,6 +33,7 @@ _MERGES: Mapping[str, Callable[[Any, Any], Any]] = {
     "tails": tails.merge,
     "batch": moments.merge,
     "areas": normalization.merge_areas,
+    "covariance": covariance.merge,
 }
 
 State = torch.Tensor | moments.Moments
@@ -121,7 +123,8 @@ class Activations:
 
     Args:
         norms: normalization layers among them, by name.
-        probes: which of "moments", "tails", "normalization" run; a set that shrinks when one fails.
+        probes: which of "moments", "tails", "normalization", "covariance" run; a set that shrinks when one fails.
+        turns: which linear and convolutional layers have their second moments taken at this step.
         on_site: called with a site and its attributes when it is first seen.
         on_failure: called with (probe, site, error) when one fails.
     """
@@ -130,11 +133,12 @@ class Activations:
         self,
         norms: Mapping[str, NormParts],
         probes: set[str],
+        turns: Factors,
         on_site: Callable[[str, dict[str, object]], None],
         on_failure: Callable[[str, str, Exception], None],
     ) -> None:
         """Start with nothing measured; see the class."""
-        self._norms, self._probes = norms, probes
+        self._norms, self._probes, self._turns = norms, probes, turns
         self._on_site, self._on_failure = on_site, on_failure
         self._places: dict[tuple[str, int, str], Place] = {}
         self.owners: dict[str, str] = {}  # of each input site the layer
@@ -200,6 +204,8 @@ class Activations:
         x = layout.first_tensor(args, kwargs)
         if parts is not None and "normalization" in self._probes:
             self._norm(name, call, module, parts, x, current)
+        if "covariance" in self._probes and self._turns.wants(name, module):
+            self._factor(name, call, module, x, current)
         for slot, tensor in layout.tensors(output):
             place = self._places.get((name, call, slot))
             if place is None:
@@ -262,6 +268,11 @@ class Activations:
         current.live = True
         if not current.closed and gradient.numel():
             self._measure(place, "gradient", gradient, current)
+            if "covariance" in self._probes and self._turns.expects(place.site):
+                try:
+                    current.add(place.site, "gradient", "covariance", covariance.observe(gradient, place.axis))
+                except Exception as error:  # whatever a tensor does, the run goes on
+                    self._on_failure("covariance", place.site, error)
 
     def _measure(self, place: Place, role: str, tensor: torch.Tensor, current: _Pass) -> moments.Moments | None:
         probe, state = "moments", None
@@ -320,6 +331,23 @@ class Activations:
                 current.add(site, "value", "areas", normalization.areas(x.detach(), parts))
         except Exception as error:  # whatever a layer does, the run goes on
             self._on_failure("normalization", site, error)
+
+    def _factor(self, name: str, call: int, module: nn.Module, x: torch.Tensor | None, current: _Pass) -> None:
+        """Take the second moment of a layer's input, and wait for that of its output's gradient."""
+        site = str(Site(name, call, "input"))
+        try:
+            state = None if x is None else factors.input_of(module, x)
+            if x is None or state is None:
+                return
+            if (name, call, "input") not in self._places:
+                axis = factors.axis_of(module, x)
+                self._places[name, call, "input"] = Place(site, axis, None)
+                attributes = {"module": name, "call": call, "slot": "input", "class": type(module).__name__}
+                self._on_site(site, attributes | {"shape": list(x.shape), "channels": state.shape[-1]})
+            self._turns.expect(Site(name, call))
+            current.add(site, "value", "covariance", state)
+        except Exception as error:  # whatever a layer does, the run goes on
+            self._on_failure("covariance", site, error)
 
     def _learn(
         self,

@@ -26,7 +26,7 @@ from normscope.linalg.problem import Problem
 from normscope.norms.recognize import find_norms
 from normscope.probes import parameters
 from normscope.probes.hooks import Hooks
-from normscope.scope.session import PROBES, Session
+from normscope.scope.session import ON_REQUEST, PROBES, Session
 
 if TYPE_CHECKING:
     from normscope.core.finding import Finding
@@ -61,6 +61,7 @@ class Scope:
     def record(self) -> Record:
         """Return what has been recorded so far."""
         if not self._closed:
+            self._session.settle()
             self._session.flush()
         elif self._path is not None:
             return normscope.load(self._path)
@@ -149,7 +150,8 @@ def attach(
         every: a step is sampled if its index is a multiple of this.
         layers: which modules to watch: a glob over module paths ("layer3.*"), a module type, or a sequence of these; a
             match brings the modules below it. All by default.
-        probes: which of "moments", "tails", "parameters", "normalization", "population", "invariance"; all by default.
+        probes: which of "moments", "tails", "parameters", "normalization", "covariance", "population", "invariance"; all
+            by default. On request "correlation", with "covariance": the correlations of each layer's input.
         problem: loss and held batches for what compares training with evaluation, and a weight with its double.
         scaler: the `torch.amp.GradScaler`, so that its scale is undone and skipped steps are known.
         reduction: how the loss joins the samples of a batch, "mean" or "sum".
@@ -201,7 +203,8 @@ def attach(
     }
     store = Store(path, name, _provenance(model) | facts)
     session = Session(
-        modules, norms, owned, optimizers, store, every=every, probes=chosen, problem=problem, scaler=scaler
+        modules, norms, owned, optimizers, store, every=every, probes=chosen, problem=problem, scaler=scaler,
+        reduction=reduction,
     )
     hooks = Hooks(session, model, modules.items(), optimizers)
     return Scope(session, hooks, path, f"{type(model).__name__}, {len(modules)} modules, {len(norms)} norms")
@@ -258,14 +261,15 @@ def _check_reduction(reduction: str) -> None:
 def _checked_probes(probes: str | Iterable[str] | None) -> tuple[str, ...]:
     if probes is None:
         return PROBES
+    options = PROBES + ON_REQUEST
     if not isinstance(probes, Iterable):
-        raise ArgumentError(f"probes={probes!r} must be a name or a sequence of names; options: {', '.join(PROBES)}.")
+        raise ArgumentError(f"probes={probes!r} must be a name or a sequence of names; options: {', '.join(options)}.")
     chosen = (probes,) if isinstance(probes, str) else tuple(probes)
     for probe in chosen:
-        if probe not in PROBES:
-            raise unknown_name("probes", probe, PROBES)
+        if probe not in options:
+            raise unknown_name("probes", probe, options)
     if not chosen:
-        raise ArgumentError(f"probes=() is empty; options: {', '.join(PROBES)}; None takes all.")
+        raise ArgumentError(f"probes=() is empty; options: {', '.join(options)}; None takes all.")
     return chosen
 
 

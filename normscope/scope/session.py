@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,16 @@ from normscope.core.store import Store
 from normscope.linalg.problem import Problem
 from normscope.norms.recognize import NormParts
 from normscope.probes import invariance, layout, optimizers, population, summary
-from normscope.probes.activations import Activations, on_host
+from normscope.probes.activations import Activations, Measured, on_host
+from normscope.probes.factors import Factors
 from normscope.probes.normalization import MAX_CHANNELS, Normalization
 from normscope.probes.parameters import Parameters, squared_norm
 from normscope.probes.transfer import to_host
 
 log = logging.getLogger("normscope")
 
-PROBES = ("moments", "tails", "parameters", "normalization", "population", "invariance")
+PROBES = ("moments", "tails", "parameters", "normalization", "covariance", "population", "invariance")
+ON_REQUEST = ("correlation",)  # beside "covariance": the correlations of the inputs, d^2 values a layer
 _PATIENCE = 100  # repeated steps of one optimizer before the others are asked for
 _FLUSH_STEPS = 256  # contexts of steps that wait for a sampled step at most
 _GIVE_UP_ROWS = 500_000  # rows that wait for a full disk before they are dropped
@@ -49,6 +52,7 @@ class Session:
         probes: names of the probes that run.
         problem: held data, or None.
         scaler: the gradient scaler, or None.
+        reduction: how the loss joins samples, "mean" or "sum".
     """
 
     def __init__(
@@ -63,12 +67,14 @@ class Session:
         probes: Sequence[str],
         problem: Problem | None,
         scaler: Any,
+        reduction: str = "mean",
     ) -> None:
         """Set the first step up as sampled; see the class."""
         self.store, self.every, self.problem, self.scaler = store, every, problem, scaler
         self._norms, self._optimizers, self._named = norms, tuple(stepped), named
         self._probes = set(probes)
-        self._activations = Activations(norms, self._probes, self._on_site, self.fail)
+        self._factors = Factors(every, reduction == "mean", "correlation" in self._probes)
+        self._activations = Activations(norms, self._probes, self._factors, self._on_site, self.fail)
         self._parameters = Parameters(named, self._optimizers, self._on_site)
         self._normalization = Normalization(norms, modules, self._on_site)
         self._order = 0
@@ -167,6 +173,11 @@ class Session:
             self._last_row.update(known)
             self._rows[self._last_row["step"]] = self._last_row
 
+    def settle(self) -> None:
+        """Wait for the eigenvalues that are being taken, and add them to what waits to be written."""
+        for step, row in self._factors.collect(partial(self.fail, "covariance"), settle=True):
+            self._write(step, row)
+
     def flush(self) -> None:
         """Write what waits; a full disk is reported once and tried again at the next sampled step."""
         rows, self._rows = list(self._rows.values()), {}
@@ -204,6 +215,9 @@ class Session:
                     self.store.scalars(step, row.site, phase, row.role, row.stats, row.values)
                 for phase, row in [*rows, *fresh]:
                     self._write_arrays(step, phase, row)
+            self.settle()
+            for step, row in self._factors.last():
+                self._write_arrays(step, "train", row)
         except Exception as error:  # the record so far is worth more than its last arrays
             self.fail("population", "", error)
         try:
@@ -233,6 +247,8 @@ class Session:
         self._settings: dict[int, list[dict[str, Any]]] = {}
         self.active = is_sampled(self.step, self.every) and bool(self._probes)
         self._row: dict[str, Any] = dict.fromkeys(("loss", "grad_norm", "batch_size"))
+        if self.active:
+            self._factors.begin(self._samples)
         self._row |= {"step": self.step, "sampled": self.active, "loss_scale": self._scale, "skipped": False}
 
     def _end_step(self, skipped: bool) -> None:
@@ -310,9 +326,16 @@ class Session:
             if keep:
                 self._write_arrays(self.step, phase, row)
         self._latest = None if keep else (self.step, rows)
+        for step, row in self._factors.collect(partial(self.fail, "covariance"), settle=False):
+            self._write(step, row)
         for settings in self._settings.values():
             for group in settings:
                 self.store.group({"step": self.step, **group})
+
+    def _write(self, step: int, row: summary.Row) -> None:
+        self.store.scalars(step, row.site, "train", row.role, row.stats, row.values)
+        for stat, array in row.arrays.items():
+            self.store.array(step, row.site, "train", row.role, stat, array)
 
     def _write_arrays(self, step: int, phase: str, row: summary.Row) -> None:
         for stat, array in row.arrays.items():
@@ -342,8 +365,16 @@ class Session:
             rows += summary.summarize(probe, sites, [state for _, state in here], self._row["loss_scale"] or 1.0)
         rows += self._parameters.rows(values, {site: v for site, v in whole.items() if v.ndim})
         inputs = {m.site: state for m, state in zip(measured, states, strict=True) if m.probe in ("batch", "areas")}
+        self._submit(measured, states)
         rows += self._normalization.rows(inputs, self._activations.owners, kept, calls, whole)
         return summary.joined(rows)
+
+    def _submit(self, measured: Sequence[Measured], states: Sequence[np.ndarray]) -> None:
+        pairs = zip(measured, states, strict=True)
+        found = [(m.site, m.role, state) for m, state in pairs if m.probe == "covariance"]
+        batch, scale = self._row["batch_size"], self._row["loss_scale"]
+        if found:
+            self._factors.submit(self.step, found, None if batch is None else float(batch), scale or 1.0)
 
     def _snapshot(self, step: int, probes: Sequence[str]) -> list[tuple[str, summary.Row]]:
         if self.problem is None:

@@ -1,0 +1,251 @@
+"""Covariance: second moments of the input and of the output gradient of linear and convolutional layers, the two
+factors of K-FAC, reduced in the hook to what their eigenvalues need.
+
+A state holds d features and one of three reductions: the samples themselves [m, d] while they are no more than the
+matrix would be; the matrix, [1, d + 2, d] with rows scatter about the mean, mean, count; or, for layers wider than
+`WIDEST`, a sketch [1, k + 2, d] with rows S w for k fixed Gaussian w (S = sum x x^T), sum, and count and sum |x|^2.
+Positions of a convolution are samples. States of two sets of samples merge to the state of both.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+WIDEST = 1024  # features of which all eigenvalues are taken: 0.11 s of one core, and eight times as much per doubling
+PERCENTS = (50, 80, 90, 95, 100)
+_PROBES = 32  # directions of a sketch
+_FLOOR = 4 * float(np.finfo(np.float32).eps)  # relative size of eigenvalues that rounding makes of zeros: below 1 eps
+_SAMPLES_FLOOR = 1e-12  # the same where the samples are kept: only their own rounding, squared
+
+
+class Spectra(NamedTuple):
+    """What the eigenvalues of a state say.
+
+    Attributes:
+        scalars: by name; "moment.*" of the second moment, "covariance.*" of the one about the mean.
+        arrays: eigenvalues, descending, by "moment" and "covariance"; those of a sketch are its estimates.
+    """
+
+    scalars: dict[str, float]
+    arrays: dict[str, np.ndarray]
+
+
+def is_measured(module: nn.Module) -> bool:
+    """Tell whether a module is a linear or convolutional layer, transposed and parametrized ones included."""
+    return isinstance(module, (nn.Linear, _ConvNd))
+
+
+@torch.no_grad()
+def observe(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """Return the state of one tensor, a copy.
+
+    Args:
+        x: a strided tensor that is not empty.
+        axis: its feature axis; every other position is a sample.
+
+    Returns:
+        The state, in float32, or float64 for float64 input and where float32 products are rounded (TF32).
+    """
+    wide = torch.float64 if x.dtype == torch.float64 or not _exact_products() else torch.float32
+    if x.dim() < 2:
+        x, axis = x.reshape(1, -1), -1
+    last = axis % x.dim() == x.dim() - 1
+    features = x.reshape(-1, x.shape[-1]).T if last else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    if features.shape[1] <= _most_samples(features.shape[0]):
+        return features.T.to(wide).clone(memory_format=torch.contiguous_format)
+    return _reduced(features.to(wide))
+
+
+@torch.no_grad()
+def merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Merge the states of two sets of samples of the same features; associative up to rounding.
+
+    Args:
+        a: a state.
+        b: a state.
+
+    Returns:
+        The state of both sets together.
+    """
+    width = a.shape[-1]
+    if a.dim() == b.dim() == 2:
+        joined = torch.cat((a, b))
+        return joined if len(joined) <= _most_samples(width) else _reduced(joined.T)
+    a, b = (_reduced(state.T) if state.dim() == 2 else state for state in (a, b))
+    if width > WIDEST:
+        return a + b
+    (scatter, mean, count), (other, other_mean, other_count) = _parts(a), _parts(b)
+    delta, total = other_mean - mean, count + other_count
+    scatter = scatter + other + torch.outer(delta * (count * other_count / total), delta)
+    return torch.cat((scatter, (mean + delta * (other_count / total))[None], total[None]))[None]
+
+
+def _parts(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return state[0, :-2], state[0, -2], state[0, -1]
+
+
+def _most_samples(width: int) -> int:
+    """Return how many samples are kept as they are: no more memory than the matrix of `WIDEST` features takes."""
+    return min(width, WIDEST**2 // width)
+
+
+def _reduced(features: torch.Tensor) -> torch.Tensor:
+    """Reduce samples [d, m] to a matrix or a sketch."""
+    width, count = features.shape
+    with torch.autocast(features.device.type, enabled=False):
+        if width <= WIDEST:
+            mean = features.mean(1)
+            centered = features - mean[:, None]
+            return torch.cat((centered @ centered.T, mean[None], torch.full_like(mean, count)[None]))[None]
+        directions = _directions(width).to(features)
+        facts = features.new_zeros(width)
+        facts[0], facts[1] = count, torch.linalg.vector_norm(features).square()
+        return torch.cat(((features @ (features.T @ directions)).T, features.sum(1)[None], facts[None]))[None]
+
+
+@lru_cache(maxsize=8)
+def _directions(width: int) -> torch.Tensor:
+    """Return the directions [d, k] of a sketch, the same at every call: drawn from a generator of their own."""
+    return torch.randn(width, _PROBES, generator=torch.Generator().manual_seed(width))
+
+
+def _exact_products() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by backend, which only the new settings can tell
+        return False
+
+
+# ---- on the host -----------------------------------------------------------------------------------------------------
+
+
+def spectra(state: np.ndarray, factor: float = 1.0) -> Spectra:
+    """Return the eigenvalues of a state and what they say.
+
+    Of the second moment (1/m) sum x x^T and of the covariance: `max`, `trace`, `participation` (trace^2 over the sum of
+    squared eigenvalues), `rank` (eigenvalues above rounding) and `p50` to `p100`, the ceil(p d)-th largest eigenvalue,
+    0 beyond the rank. A sketch has instead of rank and p the `error`: the largest eigenvalue lies between `max` and
+    `max + error`.
+
+    Args:
+        state: a state on the host.
+        factor: what the samples are multiplied by.
+
+    Returns:
+        Scalars and eigenvalues; all NaN where a sample is NaN or infinite. With `samples` m and `width` d.
+    """
+    width = state.shape[-1]
+    scalars: dict[str, float] = {"samples": count(state), "width": float(width)}
+    arrays: dict[str, np.ndarray] = {}
+    if state.ndim == 3 and width > WIDEST:
+        for name, (values, trace, square, error) in _nystrom(state[0]).items():
+            numbers = {"max": values[0], "trace": trace, "error": error}
+            scalars |= {f"{name}.{key}": float(value) * factor**2 for key, value in numbers.items()}
+            scalars[f"{name}.participation"] = _participation(trace, square)
+            arrays[name] = values * factor**2
+        return Spectra(scalars, arrays)
+    floor = _FLOOR if state.ndim == 3 else _SAMPLES_FLOOR
+    for name, matrix in _matrices(state).items():
+        arrays[name] = values = _eigenvalues(matrix) * factor**2
+        scalars |= {f"{name}.{key}": value for key, value in _numbers(values, width, floor).items()}
+    return Spectra(scalars, arrays)
+
+
+def correlation(state: np.ndarray) -> np.ndarray:
+    """Return the correlations between features, row by row.
+
+    Args:
+        state: a state on the host that is no sketch.
+
+    Returns:
+        [d * d]; NaN beside a feature that does not vary.
+    """
+    centered = state - state.mean(0)
+    covariance = centered.T @ centered if state.ndim == 2 else state[0, :-2]
+    deviation = np.sqrt(np.diag(covariance))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.clip(covariance / np.outer(deviation, deviation), -1, 1).ravel()
+
+
+def count(state: np.ndarray) -> float:
+    """Return the number of samples of a state on the host."""
+    return float(len(state) if state.ndim == 2 else state[0, -1, 0])
+
+
+def holds_matrix(state: np.ndarray, widest: int) -> bool:
+    """Tell whether the correlations of all features can be computed, and there are no more of these than `widest`."""
+    return state.shape[-1] <= min(widest, WIDEST)
+
+
+def _matrices(state: np.ndarray) -> dict[str, np.ndarray]:
+    """Return matrices with the eigenvalues that are not zero for lack of samples: of samples those of X X^T / m."""
+    if state.ndim == 2:
+        x = state.astype(np.float64)
+        centered = x - x.mean(0)
+        return {"moment": x @ x.T / len(x), "covariance": centered @ centered.T / len(x)}
+    scatter, mean = state[0, :-2].astype(np.float64), state[0, -2].astype(np.float64)
+    covariance = scatter / state[0, -1, 0]
+    return {"moment": covariance + np.outer(mean, mean), "covariance": covariance}
+
+
+def _eigenvalues(matrix: np.ndarray) -> np.ndarray:
+    if not np.isfinite(matrix).all():
+        return np.full(len(matrix), np.nan)
+    return np.maximum(np.linalg.eigvalsh(matrix)[::-1], 0.0)
+
+
+def _numbers(values: np.ndarray, width: int, floor: float) -> dict[str, float]:
+    rank = int((values > floor * values[0]).sum()) if np.isfinite(values[0]) else 0
+    trace = float(values.sum())
+    found = {"max": values[0], "trace": trace, "rank": rank}
+    found["participation"] = _participation(trace, float((values**2).sum()))
+    for percent in PERCENTS:
+        index = math.ceil(percent * width / 100)
+        found[f"p{percent}"] = values[index - 1] if index <= rank else 0.0 * values[0]
+    return {name: float(value) for name, value in found.items()}
+
+
+def _participation(trace: float, square: float) -> float:
+    return trace**2 / square if trace else 0.0
+
+
+def _nystrom(sketch: np.ndarray) -> dict[str, tuple[np.ndarray, float, float, float]]:
+    """Estimate eigenvalues from S W: those of (S W)(W^T S W)^+ (S W)^T never exceed those of S.
+
+    Returns:
+        By "moment" and "covariance": eigenvalues, exact trace, estimated sum of squared eigenvalues, and the error of
+        the largest: what the trace, or the sum of squares, leaves over bounds what was missed.
+    """
+    sketch = sketch.astype(np.float64)
+    count, squares = sketch[-1, :2]
+    directions = _directions(sketch.shape[1]).numpy().astype(np.float64)
+    mean = sketch[-2] / count
+    moment = sketch[:-2].T / count
+    about = moment - np.outer(mean, mean @ directions)
+    traces = {"moment": squares / count, "covariance": squares / count - mean @ mean}
+    return {
+        name: _low_rank(product, directions, traces[name])
+        for name, product in (("moment", moment), ("covariance", about))
+    }
+
+
+def _low_rank(product: np.ndarray, directions: np.ndarray, trace: float) -> tuple[np.ndarray, float, float, float]:
+    if not np.isfinite(product).all() or not np.isfinite(trace):
+        return np.full(_PROBES, np.nan), np.nan, np.nan, np.nan
+    core = directions.T @ product
+    values, vectors = np.linalg.eigh((core + core.T) / 2)
+    kept = values > _FLOOR * max(values[-1], np.finfo(float).tiny)
+    root = product @ (vectors[:, kept] / np.sqrt(values[kept]))
+    found = np.zeros(_PROBES)
+    if kept.any():
+        found[: kept.sum()] = np.linalg.svd(root, compute_uv=False) ** 2
+    square = max(float((product**2).sum(0).mean()), float((found**2).sum()))
+    left = min(max(trace - found.sum(), 0.0), math.sqrt(max(square - float((found**2).sum()), 0.0)))
+    return found, float(trace), square, left

@@ -1,0 +1,145 @@
+"""Factors: which layers have their input and output gradient measured at which step, and what became of them.
+
+All are measured at the first sampled step, so that the state at initialization is known at one moment, and then in
+turns: each about every `PERIOD` steps, but at most a `FEWEST`-th of them at one sampled step. Eigenvalues are taken in
+the background, so what a step left is returned at a later one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from normscope.core.schedule import keeps_arrays
+from normscope.core.site import Site
+from normscope.probes import covariance, layout
+from normscope.probes.background import Background
+from normscope.probes.summary import Row
+
+PERIOD = 50  # steps from one measurement of a layer to the next
+FEWEST = 5  # turns at least, where few steps are sampled: so no step pays for more than a fifth of the layers
+MOST_CORRELATED = 256  # features of which correlations are kept, on request
+
+Found = tuple[int, Row]
+
+
+class Factors:
+    """Measures linear and convolutional layers in turns.
+
+    Args:
+        every: how often steps are sampled.
+        mean: whether the loss is a mean over the batch, whose 1/N is undone in gradients.
+        correlations: whether the correlations of inputs are kept with their eigenvalues.
+    """
+
+    def __init__(self, every: int, mean: bool, correlations: bool) -> None:
+        """Start with nothing measured; see the class."""
+        self._turns = max(FEWEST, math.ceil(PERIOD / every))
+        self._mean, self._correlations = mean, correlations
+        self._turn: dict[str, int] = {}
+        self._now: int | None = None
+        self._expected: set[str] = set()
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._latest: dict[tuple[str, str], Found] = {}
+        self._jobs: Background[Found] = Background()
+
+    def begin(self, sample: int) -> None:
+        """Begin the n-th sampled step."""
+        self._now = sample % self._turns if sample else None
+        self._expected = set()
+
+    def wants(self, name: str, module: nn.Module) -> bool:
+        """Tell whether a layer is measured at this step."""
+        if not covariance.is_measured(module):
+            return False
+        turn = self._turn.setdefault(name, len(self._turn) % self._turns)
+        return self._now is None or turn == self._now
+
+    def expect(self, where: Site) -> None:
+        """Note that the gradient of an output is measured at this step."""
+        self._expected.add(str(where))
+
+    def expects(self, site: str) -> bool:
+        """Tell whether the gradient of an output is measured at this step."""
+        return site in self._expected
+
+    def submit(
+        self, step: int, found: Iterable[tuple[str, str, np.ndarray]], batch: float | None, scale: float
+    ) -> None:
+        """Take the eigenvalues of what a step has left.
+
+        Args:
+            step: the step.
+            found: (site, role, state on the host).
+            batch: samples of the step, of which the loss is the mean; None where unknown: then all rows are samples.
+            scale: loss scale by which gradients are divided.
+        """
+        for site, role, state in found:
+            job = partial(self._row, step, site, role, state.astype(np.float32), batch, scale)
+            self._jobs.submit((site, role), job)
+
+    def collect(self, on_failure: Callable[[str, Exception], None], settle: bool) -> list[Found]:
+        """Return what is finished: steps and rows; arrays are in the few that the schedule keeps.
+
+        Args:
+            on_failure: called with a site and the error where eigenvalues could not be taken.
+            settle: whether to wait for what is not finished.
+
+        Returns:
+            Steps and rows, in order.
+        """
+        if settle:
+            self._jobs.settle()
+        rows: list[Found] = []
+        for key, future in self._jobs.finished():
+            error = future.exception()
+            if isinstance(error, Exception):
+                on_failure(str(key[0]), error)
+                continue
+            step, row = future.result()
+            place = row.site, row.role
+            keep = keeps_arrays(self._counts[place])
+            self._counts[place] += 1
+            self._latest.pop(place, None)
+            if not keep:
+                self._latest[place] = step, row
+            rows.append((step, row if keep else row._replace(arrays={})))
+        return rows
+
+    def last(self) -> list[Found]:
+        """Return, once, the last rows whose arrays were not kept."""
+        found, self._latest = list(self._latest.values()), {}
+        return found
+
+    def _row(
+        self, step: int, site: str, role: str, state: np.ndarray, batch: float | None, scale: float
+    ) -> tuple[int, Row]:
+        factor, extra = 1.0, {}
+        if role == "gradient":
+            samples = float(batch or covariance.count(state))
+            factor = (samples if self._mean else 1.0) / scale
+            extra["batch"] = samples
+        with np.errstate(all="ignore"):  # a diverged run holds infinities
+            found = covariance.spectra(state, factor)
+            arrays = dict(found.arrays)
+            if self._correlations and role == "value" and covariance.holds_matrix(state, MOST_CORRELATED):
+                arrays["correlation"] = covariance.correlation(state)
+        scalars = found.scalars | extra
+        return step, Row(site, role, tuple(scalars), np.fromiter(scalars.values(), float, len(scalars)), arrays)
+
+
+def input_of(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """Return the state of a layer's input, None where it is not a tensor of numbers."""
+    return None if layout.why_unmeasured(x) else covariance.observe(x.detach(), axis_of(module, x))
+
+
+def axis_of(module: nn.Module, x: torch.Tensor) -> int:
+    """Return the feature axis of an input or output of a linear or convolutional layer."""
+    axis = layout.own_axis(module)
+    return -1 if axis is None or -axis > x.dim() else axis
