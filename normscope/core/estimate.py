@@ -15,6 +15,8 @@ class Status(Enum):
     FEW_SAMPLES = "too few samples for a statement"
     NOT_RECORDED = "the record does not hold what this needs"
     NON_FINITE = "the data contain NaN or infinity"
+    RANK_DEFICIENT = "the smallest eigenvalue asked for is zero up to rounding: fewer directions carry anything"
+    NOT_ESTIMATED = "not estimated: the layer is too wide for all its eigenvalues to be taken"
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,14 @@ class Source:
 
 # short keys of works that the catalog holds; one listed twice there stands for the first of its entries
 ALIASES: dict[str, str] = {
+    "lecun1998": "S000",
     "ioffe2015": "S007",
     "ba2016": "S011",
     "summers2020": "S015",
     "ioffe2017": "S065",
     "wu2021": "S079",
+    "huang2020layerwise": "S117",
+    "daneshmand2020": "S138",
     "vanlaarhoven2017": "S125",
     "ghorbani2019": "S134",
     "yang2019": "S139",
@@ -103,6 +106,12 @@ FURTHER: tuple[Source, ...] = (
         "Delving Deep into Rectifiers: Surpassing Human-Level Performance on ImageNet Classification",
         2015,
         f"{_ARXIV}1502.01852",
+    ),
+    Source(
+        "martens2015",
+        "Optimizing Neural Networks with Kronecker-factored Approximate Curvature",
+        2015,
+        f"{_ARXIV}1503.05671",
     ),
     Source("chen2016", "Training Deep Nets with Sublinear Memory Cost", 2016, f"{_ARXIV}1604.06174"),
     Source("lin2016", "Approximating Spectral Densities of Large Matrices", 2016, f"{_ARXIV}1308.5467"),

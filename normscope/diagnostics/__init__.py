@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.core.record import Record
-from normscope.diagnostics import mismatch, propagation, run, scale
+from normscope.diagnostics import conditioning, mismatch, propagation, run, scale
 from normscope.metrics import tables
 
 Diagnostic = Callable[[Record], list[Finding]]
@@ -29,6 +29,10 @@ DIAGNOSTICS: tuple[Diagnostic, ...] = (
     propagation.non_finite,
     propagation.outlier_channels,
     propagation.eps_dominates,
+    conditioning.ill_conditioned_inputs,
+    conditioning.ill_conditioned_gradients,
+    conditioning.curvature_dominated,
+    conditioning.rank_collapse,
     scale.invariance,
     scale.effective_rate,
     scale.equilibrium,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normscope.core.figure import Figure
-from normscope.figures import mismatch, propagation, run, scale
+from normscope.figures import conditioning, mismatch, propagation, run, scale
 
 FIGURES: tuple[Figure, ...] = (
     propagation.SIGNAL,
@@ -14,6 +14,12 @@ FIGURES: tuple[Figure, ...] = (
     propagation.SATURATED,
     propagation.OUTLIERS,
     propagation.EPS_WEIGHT,
+    conditioning.KAPPA,
+    conditioning.GRADIENT,
+    conditioning.CURVATURE,
+    conditioning.RANK,
+    conditioning.LARGEST,
+    conditioning.SPECTRA,
     scale.DEFECTS,
     scale.RATES,
     scale.ANGLES,
@@ -29,6 +35,21 @@ FIGURES: tuple[Figure, ...] = (
     run.DIVERGENCE,
     run.GRADIENT_NORM,
     run.LEARNING_RATE,
+)
+
+# what the page shows of a subject whatever was found
+OVERVIEW: tuple[tuple[str, tuple[Figure, ...]], ...] = (
+    (
+        "Conditioning",
+        (
+            conditioning.KAPPA,
+            conditioning.RANK,
+            conditioning.SPECTRA,
+            conditioning.GRADIENT,
+            conditioning.CURVATURE,
+            conditioning.LARGEST,
+        ),
+    ),
 )
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+Key = tuple[str, str]
 
 
 class Background(Generic[T]):
@@ -22,10 +23,10 @@ class Background(Generic[T]):
     def __init__(self) -> None:
         """Start nothing yet."""
         self._pool: ThreadPoolExecutor | None = None
-        self._jobs: deque[tuple[Hashable, Future[T]]] = deque()
+        self._jobs: deque[tuple[Key, Future[T]]] = deque()
         _ALIVE.add(self)
 
-    def submit(self, key: Hashable, job: Callable[[], T]) -> None:
+    def submit(self, key: Key, job: Callable[[], T]) -> None:
         """Add a job; if the last one of the same key still waits, it is waited for: training outruns the thread."""
         last = next((future for known, future in reversed(self._jobs) if known == key), None)
         if last is not None:
@@ -34,8 +35,8 @@ class Background(Generic[T]):
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="normscope")
         self._jobs.append((key, self._pool.submit(job)))
 
-    def finished(self) -> list[tuple[Hashable, Future[T]]]:
-        """Return keys and futures of the jobs that are done and were not returned before, in the order of submission."""
+    def finished(self) -> list[tuple[Key, Future[T]]]:
+        """Return keys and futures of the jobs that are done, each once, in the order of submission."""
         done = []
         while self._jobs and self._jobs[0][1].done():
             done.append(self._jobs.popleft())
@@ -48,7 +49,7 @@ class Background(Generic[T]):
             self._pool = None
 
 
-_ALIVE: weakref.WeakSet[Background[object]] = weakref.WeakSet()
+_ALIVE: weakref.WeakSet[Background[Any]] = weakref.WeakSet()
 
 
 def _settle_all() -> None:

@@ -1,10 +1,10 @@
-"""Covariance: second moments of the input and of the output gradient of linear and convolutional layers, the two
-factors of K-FAC, reduced in the hook to what their eigenvalues need.
+"""Covariance: second moments of inputs and of output gradients, reduced in the hook to what their eigenvalues need.
 
-A state holds d features and one of three reductions: the samples themselves [m, d] while they are no more than the
-matrix would be; the matrix, [1, d + 2, d] with rows scatter about the mean, mean, count; or, for layers wider than
-`WIDEST`, a sketch [1, k + 2, d] with rows S w for k fixed Gaussian w (S = sum x x^T), sum, and count and sum |x|^2.
-Positions of a convolution are samples. States of two sets of samples merge to the state of both.
+Those of a linear or convolutional layer are the two factors of K-FAC. A state holds d features and one of three
+reductions: the samples themselves [m, d] while they are no more than the matrix would be; the matrix, [1, d + 2, d]
+with rows scatter about the mean, mean, count; or, for layers wider than `WIDEST`, a sketch [1, k + 2, d] with rows S w
+for k fixed Gaussian w (S = sum x x^T), sum, and count and sum |x|^2. Positions of a convolution are samples. States of
+two sets of samples merge to the state of both.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ def correlation(state: np.ndarray) -> np.ndarray:
     covariance = centered.T @ centered if state.ndim == 2 else state[0, :-2]
     deviation = np.sqrt(np.diag(covariance))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.clip(covariance / np.outer(deviation, deviation), -1, 1).ravel()
+        found: np.ndarray = np.clip(covariance / np.outer(deviation, deviation), -1, 1).ravel()
+    return found
 
 
 def count(state: np.ndarray) -> float:
@@ -181,7 +182,7 @@ def count(state: np.ndarray) -> float:
 
 def holds_matrix(state: np.ndarray, widest: int) -> bool:
     """Tell whether the correlations of all features can be computed, and there are no more of these than `widest`."""
-    return state.shape[-1] <= min(widest, WIDEST)
+    return int(state.shape[-1]) <= min(widest, WIDEST)
 
 
 def _matrices(state: np.ndarray) -> dict[str, np.ndarray]:

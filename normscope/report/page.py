@@ -6,7 +6,7 @@ import base64
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 
 import pandas as pd
@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from normscope.core.finding import Finding
 from normscope.core.record import Record
-from normscope.figures import figure_for
+from normscope.figures import OVERVIEW, figure_for
 from normscope.figures.palette import CURVES, REFERENCE, RULE
 from normscope.figures.run import GRADIENT_NORM, LEARNING_RATE, LOSS
 from normscope.metrics import tables
@@ -64,6 +64,7 @@ def page(record: Record, findings: Sequence[Finding], *, markdown_name: str = "r
             passed=passed(findings),
             pictures=pictures,
             context=[key for key in ("loss", "norm", "rate") if key in pictures],
+            subjects=_subjects(pictures),
             no_loss=bool(losses.isna().all()),
             columns=COLUMNS,
             layers=layers(record),
@@ -95,7 +96,15 @@ def _pictures(record: Record, told: Sequence[Group]) -> dict[str, Picture]:
         found[str(i)] = picture(figure, parts.get(group.first.run, only), group.sites) if figure else None
     for key, figure in (("loss", LOSS), ("norm", GRADIENT_NORM), ("rate", LEARNING_RATE)):
         found[key] = picture(figure, only, ())
+    for _, figures in OVERVIEW:
+        found |= {figure.id: picture(figure, only, ()) for figure in figures}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _subjects(pictures: Mapping[str, Picture]) -> list[tuple[str, list[str]]]:
+    """Return the subjects that have pictures whatever was found, with the keys of these."""
+    shown = [(subject, [figure.id for figure in figures if figure.id in pictures]) for subject, figures in OVERVIEW]
+    return [(subject, keys) for subject, keys in shown if keys]
 
 
 @functools.cache

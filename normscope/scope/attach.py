@@ -203,7 +203,15 @@ def attach(
     }
     store = Store(path, name, _provenance(model) | facts)
     session = Session(
-        modules, norms, owned, optimizers, store, every=every, probes=chosen, problem=problem, scaler=scaler,
+        modules,
+        norms,
+        owned,
+        optimizers,
+        store,
+        every=every,
+        probes=chosen,
+        problem=problem,
+        scaler=scaler,
         reduction=reduction,
     )
     hooks = Hooks(session, model, modules.items(), optimizers)
