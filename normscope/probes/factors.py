@@ -125,11 +125,10 @@ class Factors:
             samples = float(batch or covariance.count(state))
             factor = (samples if self._mean else 1.0) / scale
             extra["batch"] = samples
-        with np.errstate(all="ignore"):  # a diverged run holds infinities
-            found = covariance.spectra(state, factor)
-            arrays = dict(found.arrays)
-            if self._correlations and role == "value" and covariance.holds_matrix(state, MOST_CORRELATED):
-                arrays["correlation"] = covariance.correlation(state)
+        found = covariance.spectra(state, factor)
+        arrays = dict(found.arrays)
+        if self._correlations and role == "value" and covariance.holds_matrix(state, MOST_CORRELATED):
+            arrays["correlation"] = covariance.correlation(state)
         scalars = found.scalars | extra
         return step, Row(site, role, tuple(scalars), np.fromiter(scalars.values(), float, len(scalars)), arrays)
 
