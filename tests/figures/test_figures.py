@@ -27,6 +27,10 @@ ILLUSTRATED = [
     "propagation.non-finite",
     "propagation.outlier-channels",
     "propagation.eps-dominates",
+    "conditioning.ill-conditioned-inputs",
+    "conditioning.ill-conditioned-gradients",
+    "conditioning.curvature-dominated",
+    "conditioning.rank-collapse",
     "scale.invariance",
     "scale.effective-rate",
     "scale.equilibrium",
@@ -63,7 +67,8 @@ def test_a_figure_prepares_the_columns_it_declares(figure, record):
     )
     frame = figure.prepare(record, sites)
     assert tuple(frame.columns) == figure.columns
-    assert len(frame) or figure.id == "propagation.saturation"  # no activation of this network is bounded
+    # no activation of this network is bounded, and its record has no second moments: see test_conditioning
+    assert len(frame) or figure.id == "propagation.saturation" or figure.id.startswith("conditioning.")
     measured = frame[~frame[figure.columns[2]].isin(figure.rules)]
     assert measured[figure.columns[1]].dtype == float or not len(frame)
     assert measured[figure.columns[2]].nunique() - len(figure.references) <= 4

@@ -17,6 +17,14 @@ from normscope.metrics import conditioning
 GENERATOR = torch.Generator().manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run(model, make, steps=1, every=1, lr=0.01, loss=F.cross_entropy, **options):
     optimizer = torch.optim.SGD(model.parameters(), lr)
     with ns.attach(model, optimizer, every=every, probes="covariance", **options) as scope:
