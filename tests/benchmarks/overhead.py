@@ -61,6 +61,7 @@ MODELS = {"mlp": mlp, "transformer": transformer, "resnet20": resnet20}
 SETTINGS = {
     "attached, not sampling": ((NEVER, None), {"mlp": 1.01, "transformer": 1.01, "resnet20": 1.01}),
     "every step, exact statistics": ((1, EXACT), {"mlp": 1.10, "transformer": 1.06, "resnet20": 1.10}),
+    "every 10 steps, second moments": ((10, ("covariance",)), {"mlp": 1.05, "transformer": 1.05, "resnet20": 1.05}),
     "every 10 steps, all probes": ((10, None), {"mlp": 1.02, "transformer": 1.02, "resnet20": 1.02}),
 }
 

@@ -104,6 +104,34 @@ def test_inputs_of_a_deep_network_without_normalization_are_ill_conditioned(deep
     assert "20000" in found.message
 
 
+def synthetic(kappas):
+    """A record of inputs whose largest eigenvalues by step are given, the median one being 1."""
+    store = Store(None, "a", {})
+    for order, (site, values) in enumerate(kappas.items()):
+        store.site(site, {"module": site.partition("/")[0], "call": 0, "slot": "input", "order": order})
+        for step, value in enumerate(values):
+            stats = {"moment.max": value, "moment.p50": 1.0, "samples": 100.0, "width": 10.0}
+            store.scalars(10 * step, site, "train", "value", tuple(stats), np.array(list(stats.values())))
+    store.commit()
+    return store.record()
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([50, 1e5, 1e5, 1e5], Verdict.NOTE),
+        ([1e5, 1e5, 1e5, 1e5], Verdict.WARNING),
+        ([1e5, 1e5, 50, 50, 50], Verdict.OK),
+        ([50, 1e5, 1e5, 50, 50, 50], Verdict.OK),
+    ],
+)
+def test_what_a_run_only_passes_through_is_no_warning(values, verdict):
+    found = only(conditioning.ill_conditioned_inputs(synthetic({"data/input": [7, 7, 7], "deep/input": values})))
+    assert found.verdict is verdict
+    assert ("at the start 50 times" in found.message) == (verdict is Verdict.NOTE)
+    assert found.site == ("" if verdict is Verdict.OK else "deep/input")
+
+
 def test_samples_become_alike_in_a_deep_network_without_normalization():
     x = torch.randn(512, 64, generator=torch.Generator().manual_seed(1))
     found = only(conditioning.rank_collapse(train(perceptron(24), steps=20, lr=1e-3, data=(x, images()[1]))))
