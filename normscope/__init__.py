@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from normscope.linalg.problem import Problem
     from normscope.linalg.spectrum import spectrum
     from normscope.linalg.trace import diagonal, trace
+    from normscope.probes.disturbance import snd
     from normscope.report import write_report
     from normscope.scope.attach import Scope, attach
 
@@ -38,6 +39,7 @@ _NAMES = {
     "load": "normscope.core.reading",
     "spectrum": "normscope.linalg.spectrum",
     "trace": "normscope.linalg.trace",
+    "snd": "normscope.probes.disturbance",
     "write_report": "normscope.report",
 }
 
@@ -58,6 +60,7 @@ __all__ = [
     "layerwise",
     "load",
     "norms",
+    "snd",
     "spectrum",
     "trace",
     "weights",

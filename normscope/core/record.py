@@ -22,7 +22,7 @@ class Block:
     Attributes:
         run: name of the run.
         site: the site as a string.
-        phase: "train", "batch" or "population" (see `normscope.core.site.Key`).
+        phase: "train", "batch", "population" or "noise" (see `normscope.core.site.Key`).
         role: "value", "gradient" or "update".
         stats: names of the columns of `values`.
         steps: [n] sampled steps, increasing.
@@ -45,7 +45,7 @@ class Channels:
     Attributes:
         run: name of the run.
         site: the site as a string.
-        phase: "train", "batch" or "population".
+        phase: "train", "batch", "population" or "noise".
         role: "value", "gradient" or "update".
         stat: name of the statistic.
         steps: [n] steps, increasing.
@@ -140,7 +140,7 @@ class Record:
             site: glob over sites, as "layer3.*" or "*/output".
             role: glob over "value", "gradient", "update".
             stat: glob over statistics; "rms" takes the layer's scalar alone, "rms*" its extremes over channels too.
-            phase: glob over "train", "batch", "population".
+            phase: glob over "train", "batch", "population", "noise".
             run: glob over names of runs.
             steps: first and last step, both included.
 
@@ -174,7 +174,7 @@ class Record:
             site: the site, as "layer1.conv/output".
             stat: the statistic, as "rms" or "rms.max".
             role: "value", "gradient" or "update".
-            phase: "train", "batch" or "population".
+            phase: "train", "batch", "population" or "noise".
             run: name of the run; the only one by default.
 
         Returns:
@@ -201,7 +201,7 @@ class Record:
             site: the site, as "layer1.conv/output".
             stat: the statistic, as "rms".
             role: "value", "gradient" or "update".
-            phase: "train", "batch" or "population".
+            phase: "train", "batch", "population" or "noise".
             run: name of the run; the only one by default.
 
         Returns:
@@ -226,7 +226,7 @@ class Record:
             stat: the statistic, as "rms".
             slot: glob over slots.
             role: "value", "gradient" or "update".
-            phase: "train", "batch" or "population".
+            phase: "train", "batch", "population" or "noise".
 
         Returns:
             float32 frame; NaN where a site was not measured at a step.

@@ -34,7 +34,7 @@ class Key(NamedTuple):
     Attributes:
         site: the site as a string.
         phase: "train" for the training steps themselves, "batch" and "population" for a held batch run with batch or
-            with running statistics.
+            with running statistics, "noise" for held samples run in many batches.
         role: "value" (activation, weight, buffer), "gradient" or "update".
         stat: name of the statistic; "rms" is over the whole layer, "rms.min", "rms.q50", "rms.max" over its channels.
     """

@@ -132,6 +132,7 @@ FURTHER: tuple[Source, ...] = (
         f"{_ARXIV}1705.10941",
     ),
     Source("micikevicius2018", "Mixed Precision Training", 2018, f"{_ARXIV}1710.03740"),
+    Source("mccandlish2018", "An Empirical Model of Large-Batch Training", 2018, f"{_ARXIV}1812.06162"),
     Source("lu2019", "Dying ReLU and Initialization: Theory and Numerical Examples", 2019, f"{_ARXIV}1903.06733"),
     Source(
         "lezcano2019",

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.core.record import Record
-from normscope.diagnostics import conditioning, mismatch, propagation, run, scale
+from normscope.diagnostics import conditioning, mismatch, noise, propagation, run, scale
 from normscope.metrics import tables
 
 Diagnostic = Callable[[Record], list[Finding]]
@@ -40,6 +40,10 @@ DIAGNOSTICS: tuple[Diagnostic, ...] = (
     scale.gain_decay,
     scale.bias_before_norm,
     scale.gain_collapse,
+    noise.small_batch,
+    noise.whitening_batch,
+    noise.batches_not_random,
+    noise.gradient_noise,
     mismatch.running_statistics,
     mismatch.train_eval_gap,
     mismatch.never_updated,

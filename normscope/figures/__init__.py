@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normscope.core.figure import Figure
-from normscope.figures import conditioning, mismatch, propagation, run, scale
+from normscope.figures import conditioning, mismatch, noise, propagation, run, scale
 
 FIGURES: tuple[Figure, ...] = (
     propagation.SIGNAL,
@@ -26,6 +26,9 @@ FIGURES: tuple[Figure, ...] = (
     scale.NORMS,
     scale.GAINS,
     scale.BIASES,
+    noise.MOVED,
+    noise.SIZES,
+    noise.RATIO,
     mismatch.DRIFT,
     mismatch.LOSSES,
     mismatch.UPDATES,

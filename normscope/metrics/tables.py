@@ -104,7 +104,7 @@ def table(
         stat: the statistic, as "rms" or "rms.max".
         slot: glob over slots.
         role: "value", "gradient" or "update".
-        phase: "train", "batch" or "population".
+        phase: "train", "batch", "population" or "noise".
 
     Returns:
         float64; NaN where a site was not measured at a step. Empty where nothing matches.

@@ -13,7 +13,7 @@ from torch import nn
 
 from normscope.core.site import Site
 from normscope.norms.recognize import NormParts
-from normscope.probes import covariance, factors, hooks, layout, moments, normalization, tails
+from normscope.probes import covariance, factors, hooks, layout, moments, noise, normalization, tails
 from normscope.probes.factors import Factors
 from normscope.probes.normalization import Calls
 
@@ -159,6 +159,11 @@ class Activations:
     def blind(self) -> bool:
         """Whether no module has reported so far."""
         return not self._places
+
+    @property
+    def after_backward(self) -> bool:
+        """Whether a gradient has come back since the last forward pass began."""
+        return self._after_backward
 
     def begin_pass(self) -> None:
         """Start a new forward pass: call indices count from 0 again."""
@@ -319,7 +324,8 @@ class Activations:
             if (name, call, "input") not in self._places:
                 self._places[name, call, "input"] = Place(site, parts.axis, None)
                 self.owners[site] = name
-                self._on_site(site, {"module": name, "call": call, "slot": "input", "shape": list(x.shape)})
+                whitened = noise.whitening(module, x)
+                self._on_site(site, {"module": name, "call": call, "slot": "input", "shape": list(x.shape), **whitened})
             current.norms[name].batch = x.shape[0] if x.dim() else 1
             if parts.has_running:
                 current.running[name] = normalization.running(module)

@@ -175,26 +175,29 @@ class Hooks:
             self._handles.pop().remove()
 
 
-class _OutputHook(_Hook):
-    def __init__(self, name: str, report: Callable[[str, object], None]) -> None:
-        self.name, self.report = name, report
+class _HeldHook(_Hook):
+    def __init__(self, name: str, report: Callable[[str, Any], None], inputs: bool) -> None:
+        self.name, self.report, self.inputs = name, report, inputs
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self.report(self.name, output)
+        self.report(self.name, args if self.inputs else output)
 
 
 @contextmanager
-def listening(modules: Mapping[str, nn.Module], report: Callable[[str, object], None]) -> Iterator[None]:
+def listening(
+    modules: Mapping[str, nn.Module], report: Callable[[str, Any], None], *, inputs: bool = False
+) -> Iterator[None]:
     """Report (name, output) of each forward of some modules while the context lasts.
 
     Args:
         modules: the modules by name.
         report: what to call.
+        inputs: report the tuple of positional arguments instead of the output.
 
     Yields:
         Nothing.
     """
-    handles = [module.register_forward_hook(_OutputHook(name, report)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(_HeldHook(name, report, inputs)) for name, module in modules.items()]
     try:
         yield
     finally:

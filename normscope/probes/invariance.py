@@ -10,9 +10,10 @@ from torch import nn
 from torch.func import functional_call
 
 from normscope.core.site import Site
+from normscope.linalg.problem import Problem
+from normscope.linalg.protect import undisturbed
 from normscope.norms.recognize import NormParts
 from normscope.probes import layout
-from normscope.probes.problem import Problem, undisturbed
 from normscope.probes.summary import Row, channel_row
 
 MOST = 48  # weights tried; of a model with more, at a fixed stride

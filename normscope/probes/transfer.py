@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-
 _LARGE = 1 << 16  # values from which on joining costs more than another copy
 
 

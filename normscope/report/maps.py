@@ -25,6 +25,7 @@ PHASES: dict[str, str] = {
     "train": "training steps",
     "batch": "held batches, batch statistics",
     "population": "held batches, running statistics",
+    "noise": "held samples, in many batches",
 }
 
 
@@ -75,6 +76,16 @@ QUANTITIES: tuple[Quantity, ...] = (
         "value",
         (Stat("drift", "drift from the batch", "log"), _VAR, _MEAN, Stat("change", "relative change", "log")),
     ),
+    Quantity(
+        "noise of norms",
+        ("output*",),
+        "value",
+        (
+            Stat("relative", "movement with the batch", "log"),
+            Stat("mean_noise", "noise of the batch mean", "log"),
+            Stat("var_noise", "noise of the batch variance", "log"),
+        ),
+    ),
     Quantity("parameters", (), "value", (_NORM, Stat("value", "gain or bias", "signed"))),
     Quantity("gradients of parameters", (), "gradient", (_NORM, Stat("cosine", "cosine with the weight", "signed"))),
     Quantity(
@@ -101,7 +112,7 @@ class Map:
     Attributes:
         quantity: name of the quantity.
         stat: the statistic.
-        phase: "train", "batch" or "population".
+        phase: "train", "batch", "population" or "noise".
         sites: names of the rows, in order of execution.
         steps: [n] sampled steps.
         values: [rows, n] float32; NaN where nothing was measured, infinity where a value was NaN or infinite.

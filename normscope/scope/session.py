@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,16 +19,18 @@ from normscope.core.site import Site
 from normscope.core.store import Store
 from normscope.linalg.problem import Problem
 from normscope.norms.recognize import NormParts
-from normscope.probes import invariance, layout, optimizers, population, summary
+from normscope.probes import layout, optimizers, summary
 from normscope.probes.activations import Activations, Measured, on_host
 from normscope.probes.factors import Factors
 from normscope.probes.normalization import MAX_CHANNELS, Normalization
 from normscope.probes.parameters import Parameters, squared_norm
+from normscope.probes.snapshots import ENDS, SNAPSHOTS, Held
+from normscope.probes.stream import Stream
 from normscope.probes.transfer import to_host
 
 log = logging.getLogger("normscope")
 
-PROBES = ("moments", "tails", "parameters", "normalization", "covariance", "population", "invariance")
+PROBES = ("moments", "tails", "parameters", "normalization", "covariance", *SNAPSHOTS)
 ON_REQUEST = ("correlation",)  # beside "covariance": the correlations of the inputs, d^2 values a layer
 _PATIENCE = 100  # repeated steps of one optimizer before the others are asked for
 _FLUSH_STEPS = 256  # contexts of steps that wait for a sampled step at most
@@ -77,6 +79,9 @@ class Session:
         self._activations = Activations(norms, self._probes, self._factors, self._on_site, self.fail)
         self._parameters = Parameters(named, self._optimizers, self._on_site)
         self._normalization = Normalization(norms, modules, self._on_site)
+        self._stream = Stream()
+        self._forward_batch = 0  # samples in the last forward pass of training
+        self._ends: set[str] = set()  # sites of the whole model that the record knows
         self._order = 0
         self._samples = 0
         self._unheard = False  # whether a sampled step without any forward hook was reported
@@ -103,9 +108,12 @@ class Session:
             if not torch.is_grad_enabled() or self._suspended or self.forked:
                 return
             self._see_skip()
+            self._forward_batch = layout.batch_size(args, kwargs)
+            if self.active:
+                self._see_batch(layout.first_tensor(args, kwargs))
             self._forwards += 1
             self._root_runs = True
-            self._batch[training] += layout.batch_size(args, kwargs)
+            self._batch[training] += self._forward_batch
             if self.active:
                 self._activations.begin_pass()
         except Exception as error:  # the run goes on
@@ -210,7 +218,8 @@ class Session:
             self._activations.discard()
             if self._latest is not None:
                 step, rows = self._latest
-                fresh = self._snapshot(step, ("population", "invariance")) if measure else []
+                fresh = self._snapshots(ends=True) if measure else []
+                self._learn_ends([row for _, row in fresh])
                 for phase, row in fresh:
                     self.store.scalars(step, row.site, phase, row.role, row.stats, row.values)
                 for phase, row in [*rows, *fresh]:
@@ -268,6 +277,7 @@ class Session:
                 self.fail(probe, "", error)
         self._activations.discard()
         self._parameters.discard()
+        self._stream.discard()
         self.step += 1
         self._begin_step()
 
@@ -312,6 +322,18 @@ class Session:
         if self._row["grad_norm"] is None or isinstance(self._row["grad_norm"], list):
             self._row["grad_norm"] = [square for some in self._squares.values() for square in some]
 
+    def _see_batch(self, x: torch.Tensor | None) -> None:
+        """Look at the batch of a forward pass, and at the gradient that passes before it in the step have left."""
+        if "noise" not in self._probes:
+            return
+        try:
+            self._stream.see_batch(x)
+            if self._forwards and self._activations.after_backward:
+                held = (p.grad for o in self._optimizers for group in o.param_groups for p in group["params"])
+                self._stream.see_gradient(squared_norm(g for g in held if g is not None))
+        except Exception as error:  # the run goes on
+            self.fail("noise", "", error)
+
     # ---- finalization of a sampled step ----------------------------------------------------------------------------
 
     def _sample(self) -> None:
@@ -320,7 +342,8 @@ class Session:
         self._samples += 1
         keep = keeps_arrays(self._samples - 1)
         if keep:
-            rows += self._snapshot(self.step, ("population", "invariance") if self._samples == 1 else ("population",))
+            rows += self._snapshots(ends=self._samples == 1)
+        self._learn_ends([row for _, row in rows])
         for phase, row in rows:
             self.store.scalars(self.step, row.site, phase, row.role, row.stats, row.values)
             if keep:
@@ -352,13 +375,14 @@ class Session:
             self.store.event(self.step, "unmeasured", "", _UNHEARD)
         vectors = self._normalization.vectors() if "normalization" in self._probes else {}
         norms = self._parameters.states()
+        drawn = self._stream.states()
         tensors = [t for m in measured for t in m.tensors]
-        host = iter(to_host([*tensors, *norms, *vectors.values(), *running.values()]))
+        host = iter(to_host([*tensors, *norms, *vectors.values(), *running.values(), *drawn]))
         states = on_host(measured, host)
         values = [next(host) for _ in norms]
         whole = {site: next(host) for site in vectors}
         kept = {name: next(host) for name in running}
-        rows = []
+        rows = self._stream.rows([next(host) for _ in drawn])
         for probe in ("moments", "tails"):
             here = [(m, state) for m, state in zip(measured, states, strict=True) if m.probe == probe]
             sites = [(m.site, m.role) for m, _ in here]
@@ -376,30 +400,30 @@ class Session:
         if found:
             self._factors.submit(self.step, found, None if batch is None else float(batch), scale or 1.0)
 
-    def _snapshot(self, step: int, probes: Sequence[str]) -> list[tuple[str, summary.Row]]:
+    def _snapshots(self, *, ends: bool) -> list[tuple[str, summary.Row]]:
+        """Measure the held batches; a snapshot that fails is switched off, the others go on."""
         if self.problem is None:
             return []
-        active, self.active, self._suspended = self.active, False, True
         rows: list[tuple[str, summary.Row]] = []
-        try:
-            for probe in probes:
-                rows += self._held(probe, self.problem) if probe in self._probes else []
-        finally:
-            self.active, self._suspended = active, False
-        if step == 0 and not self._activations.knows("", 0, "output"):
-            self._on_site(str(Site("", 0, "output")), {"module": "", "call": 0, "slot": "output", "class": "model"})
+        active, self.active, self._suspended = self.active, False, True
+        held = Held(self.problem, self._norms, self._named, self._forward_batch)
+        for name, measure in SNAPSHOTS.items():
+            if name in self._probes and (ends or name not in ENDS):
+                try:
+                    rows += [(phase, row) for phase, some in measure(held).items() for row in some]
+                except Exception as error:  # the run goes on
+                    self.fail(name, "", error)
+        self.active, self._suspended = active, False
         return rows
 
-    def _held(self, probe: str, problem: Problem) -> list[tuple[str, summary.Row]]:
-        try:
-            if probe == "population":
-                found = population.measure(problem, self._norms)
-            else:
-                found = invariance.measure(problem, self._norms, self._named)
-        except Exception as error:  # the run goes on
-            self.fail(probe, "", error)
-            return []
-        return [(phase, row) for phase, rows in found.items() for row in rows]
+    def _learn_ends(self, rows: Iterable[summary.Row]) -> None:
+        """Tell the record of the whole model's input and output, where a row is about these."""
+        for slot in ("input", "output"):
+            site = str(Site("", 0, slot))
+            if site not in self._ends and any(row.site == site for row in rows):
+                self._ends.add(site)
+                if not self._activations.knows("", 0, slot):
+                    self._on_site(site, {"module": "", "call": 0, "slot": slot, "class": "model"})
 
     def _on_site(self, site: str, attributes: dict[str, object]) -> None:
         self.store.site(site, {**attributes, "order": self._order})

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import normscope as ns
+from normscope.linalg.problem import Problem
 from normscope.norms.recognize import find_norms
 from normscope.probes import invariance
-from normscope.probes.problem import Problem
 
 
 def network(norm, eps=1e-30):

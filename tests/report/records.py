@@ -106,6 +106,9 @@ class Run:
                 self.store.site(f"{module}/weight", site | rule)
             before = f"{module}/output"
         self.store.site("/output", {"module": "", "call": 0, "slot": "output", "class": "ResNet", "order": self.layers})
+        self.store.site(
+            "/input", {"module": "", "call": 0, "slot": "input", "class": "model", "order": self.layers + 1}
+        )
 
     def _step(self, i: int) -> None:
         last = self.steps * self.every
@@ -205,8 +208,17 @@ class Run:
         self._scalars(
             step, "/output", "population", "value", {"loss": loss * (1 + 3 * time**2), "gap": 0.8 * time, "n": 512.0}
         )
+        ratio = {"ratio": 0.8 + 0.1 * (i % 5) if i else np.nan, "samples": 128.0}
+        self._scalars(step, "/input", "train", "value", ratio)
+        signal = {"signal": 0.5 * np.exp(-4 * time), "signal_error": 0.02 * np.exp(-4 * time), "chunk": 32.0}
+        self._scalars(
+            step, "/output", "noise", "gradient", {**signal, "square": 3 * np.exp(-2 * time), "square_error": 0.1}
+        )
         for module, kind in self.modules:
             if kind == "BatchNorm2d":
+                moved = {"snd": 9.0, "snd_error": 0.2, "relative": 0.05 * (1 + time), "batch": 128.0}
+                noise = {**spread(mean_noise=0.03, var_noise=0.07), **moved}
+                self._scalars(step, f"{module}/output", "noise", "value", noise)
                 for phase, factor in (("batch", 1.0), ("population", 1 + time)):
                     self._scalars(step, f"{module}/output", phase, "value", spread(mean=0.0, var=factor**2, rms=factor))
 
