@@ -86,21 +86,23 @@ def small_batch(record: Record) -> list[Finding]:
     frame = frame[frame["whitened"].isna()]
     if not len(frame):
         return []
-    measured = frame["relative"].notna()
+    measured = frame["moved"].notna()
     if not measured.any():
         return _small_batch_unmeasured(frame)
-    frame = frame[measured].sort_values("relative", ascending=False, kind="stable")
+    frame = frame[measured].sort_values("moved", ascending=False, kind="stable")
     top = frame.iloc[0]
-    moved, batch = float(top["relative"]), float(top["batch"])
+    moved, batch = float(top["moved"]), float(top["batch"])
     limit = MOVED if moved > MOVED or moved <= MOVED_NOTICEABLE else MOVED_NOTICEABLE
-    said = (
-        f"{top.name}: a sample's output moves by {moved:.2g} of its size with the batch of {batch:.0f} that it is in "
-        f"(threshold {limit}; {_at(moved, batch)})"
-    )
+    noise = f"which moves an output by {moved:.2g} of its size"
+    if np.isfinite(top["var_noise"]):
+        noise = f"mean and variance are off by {top['mean_noise']:.2g} deviations and {top['var_noise']:.0%}, {noise}"
+    else:
+        noise = f"statistics are noisy, {noise}"
+    said = f"{top.name}: in a batch of {batch:.0f} {noise} (threshold {limit}; {_at(moved, batch)})"
     evidence = _noise_evidence(top)
     if moved <= MOVED_NOTICEABLE:
         return SMALL_BATCH.ok(f"{said}.", evidence)
-    beyond = frame[frame["relative"] > limit]
+    beyond = frame[frame["moved"] > limit]
     return replace(SMALL_BATCH, threshold=limit).found(
         Verdict.WARNING if limit == MOVED else Verdict.NOTE,
         f"{said}; so at {len(beyond)} of {count(len(frame), 'layer')}.",
@@ -269,8 +271,8 @@ def _at(moved: float, batch: float) -> str:
 
 
 def _noise_evidence(layer: pd.Series) -> dict[str, float | int | str | list[float]]:
-    names = ("relative", "snd", "error", "mean_noise", "var_noise", "batch")
+    names = ("moved", "relative", "snd", "error", "mean_noise", "var_noise", "batch")
     found = {name: float(layer[name]) for name in names if np.isfinite(layer[name])}
-    if "relative" in found:
-        found |= {f"relative_at_{n}": found["relative"] * (found["batch"] / n) ** 0.5 for n in _SHOWN}
+    if "moved" in found and "batch" in found:
+        found |= {f"moved_at_{n}": found["moved"] * (found["batch"] / n) ** 0.5 for n in _SHOWN}
     return dict(found)

@@ -68,9 +68,11 @@ def layers(record: Record) -> pd.DataFrame:
 
     Returns:
         Indexed by site "<module>/output", with columns snd, error, relative, mean_noise and var_noise (of the median
-        channel), from held samples in the late window, NaN without a problem; batch, samples in a forward pass; values,
-        numbers a channel, pixels counted (BatchNorm alone); whitened and whitened_from (whitening layers alone);
-        training, 1 or 0 in the late window, NaN where nothing tells.
+        channel), from held samples in the late window, NaN without a problem; moved, how far the noise of mean and
+        variance moves an output relative to its size, sqrt(mean_noise^2 + var_noise^2 / 4), and `relative` for layers
+        that have neither (they differ where a sample is a large part of its own batch); batch, samples in a forward
+        pass; values, numbers a channel, pixels counted (BatchNorm alone); whitened and whitened_from (whitening layers
+        alone); training, 1 or 0 in the late window, NaN where nothing tells.
     """
     known = tables.attributes(record)
     modules = _candidates(record, known)
@@ -91,9 +93,11 @@ def layers(record: Record) -> pd.DataFrame:
     kind = tables.layers(record)["norm"].reindex(modules).to_numpy()
     values = _late(tables.table(record, "count", slot="input"), inputs)
     running = [f"{module}/running" for module in modules]
+    moments = np.hypot(held["mean_noise"], held["var_noise"] / 2)
     return pd.DataFrame(
         {
             **held,
+            "moved": np.where(np.isfinite(moments), moments, held["relative"]),
             "batch": _late(tables.table(record, "batch", slot="input"), inputs),
             "values": np.where(kind == "batch", values, np.nan),
             "whitened": extra["whitened"].to_numpy(),
@@ -160,7 +164,7 @@ def scale(record: Record) -> Scale:
 def at_sizes(record: Record, wanted: Sequence[int] = SIZES, most: int = 3) -> pd.DataFrame:
     """Return what other batch sizes would give: relative noise of the noisiest layers, and that of the gradient.
 
-    The disturbance of a layer and the relative noise of the gradient, sqrt(B_noise / B), fall with 1 / sqrt(B).
+    What a layer's output moves and the relative noise of the gradient, sqrt(B_noise / B), fall with 1 / sqrt(B).
 
     Args:
         record: record of one run, attached with a problem.
@@ -171,12 +175,12 @@ def at_sizes(record: Record, wanted: Sequence[int] = SIZES, most: int = 3) -> pd
         Columns batch, noise and of, the site or `GRADIENT`; NaN where a layer could not whiten.
     """
     frame: pd.DataFrame = (
-        layers(record).dropna(subset=["relative", "batch"]).sort_values("relative", ascending=False, kind="stable")
+        layers(record).dropna(subset=["moved", "batch"]).sort_values("moved", ascending=False, kind="stable")
     )
     batches = np.asarray(wanted, float)
     parts = []
     for site, row in frame.head(most).iterrows():
-        noise = row["relative"] * (row["batch"] / batches) ** 0.5
+        noise = row["moved"] * (row["batch"] / batches) ** 0.5
         full = row["whitened_from"] / row["batch"] * batches > row["whitened"]
         noise = noise if np.isnan(row["whitened"]) else np.where(full, noise, np.nan)
         parts.append(pd.DataFrame({"batch": batches, "noise": noise, "of": str(site)}))

@@ -28,12 +28,16 @@ class Disturbance(NamedTuple):
     """What resampling has shown.
 
     Attributes:
-        each: [points] the disturbance of each sample followed.
+        value: mean disturbance of the samples followed; NaN or infinite where an output is.
+        error: its standard error: from the spread over samples, and from that over batches, which samples share.
         scale: root of the mean squared norm of their mean outputs.
+        n: samples followed.
     """
 
-    each: np.ndarray
+    value: float
+    error: float
     scale: float
+    n: int
 
 
 def snd(
@@ -62,7 +66,7 @@ def snd(
         generator: source of the draws; one of its own by default, so that equal calls give equal numbers.
 
     Returns:
-        The mean over `POINTS` of the samples, in units of the output, with its standard error over them.
+        The mean over `POINTS` of the samples, in units of the output, with its standard error.
 
     Source: S150 (SBW, section 3), S149 (IterNorm, section 3.3).
 
@@ -75,16 +79,8 @@ def snd(
     points = torch.randperm(len(samples), generator=draw)[:POINTS]
     with _resampled(norm, samples.device) as run:
         found = disturbance(run, samples, points, batch_size, draws, max(1, batch_size // _SHARE), draw)
-    finite, n = bool(np.isfinite(found.each).all()), len(found.each)
-    error = float(found.each.std(ddof=1)) / n**0.5 if n > 1 else float("nan")
-    return Estimate(
-        float(found.each.mean()),
-        standard_error=error,
-        unit="output",
-        n=n,
-        status=Status.SAMPLED if finite else Status.NON_FINITE,
-        source="S150",
-    )
+    status = Status.SAMPLED if np.isfinite(found.value) else Status.NON_FINITE
+    return Estimate(found.value, found.error, unit="output", n=found.n, status=status, source="S150")
 
 
 def disturbance(
@@ -111,19 +107,21 @@ def disturbance(
         generator: source of the draws.
 
     Returns:
-        The disturbance of each point, on the host.
+        The mean disturbance.
     """
-    each, squares = [], []
+    over_points, over_draws, squares = [], [], []
     for group in torch.split(points, share):
         here = samples[group.to(samples.device)]
         outputs = torch.stack([_draw(run, samples, here, batch_size, generator) for _ in range(draws)])
         moved = (outputs - outputs[0]).double()  # equal outputs differ by exactly 0, which a mean of them may not
-        distance = torch.linalg.vector_norm(moved - moved.mean(0), dim=2).mean(0)
         lost = (batch_size - 1) / max(batch_size - len(group), 1) * draws / (draws - 1)
-        each.append(distance * lost**0.5)
+        distance = torch.linalg.vector_norm(moved - moved.mean(0), dim=2) * lost**0.5
+        over_points.append(distance.mean(0))
+        over_draws.append(distance.mean(1))
         squares.append(outputs.double().mean(0).square().sum(1))
-    scale = float(torch.cat(squares).mean()) ** 0.5
-    return Disturbance(torch.cat(each).cpu().numpy(), scale)
+    each, shared, square = (torch.cat(some) for some in (over_points, over_draws, squares))
+    error = (each.var() / len(each) + shared.var() / len(shared)) ** 0.5
+    return Disturbance(float(each.mean()), float(error), float(square.mean()) ** 0.5, len(each))
 
 
 def without_affine(norm: nn.Module, parts: NormParts) -> dict[str, torch.Tensor]:

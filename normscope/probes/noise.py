@@ -21,14 +21,14 @@ from normscope.probes.transfer import to_host
 
 POINTS, DRAWS = 8, 8  # samples followed in a snapshot, and batches that each is seen in
 LARGEST = 256  # samples in such a batch; a larger one is inferred by the law 1 / sqrt(B)
-_SHARE = 16  # one of so many members of a batch is followed
+_SHARE = 8  # one of so many members of a batch is followed
 
 
 def measure(problem: Problem, norms: Mapping[str, NormParts], batch: int) -> dict[str, list[Row]]:
     """Run each normalization layer that crosses the batch on its held inputs, in many batches of the training size.
 
     Its input is what it gets when the first held batch passes with batch statistics. `snd` is the disturbance with its
-    standard error `snd_error` over samples, see `normscope.probes.disturbance.snd`; `relative` is divided by the norm
+    standard error `snd_error`, see `normscope.probes.disturbance.snd`; `relative` is divided by the norm
     of the output. For BatchNorm `mean_noise` is the standard deviation of a batch's mean in units of a channel's, and
     `var_noise` that of its variance relative to the variance, both from the spread of per-sample moments over held
     samples, so that pixels of an image need not be independent.
@@ -129,11 +129,10 @@ def _layer(name: str, module: nn.Module, parts: NormParts, x: torch.Tensor, batc
 
     found = disturbance(alone, x, points, size, DRAWS, max(1, size // _SHARE), draw)
     smaller = (size / batch) ** 0.5
-    each = found.each * smaller
     scalars = {
-        "snd": float(each.mean()),
-        "snd_error": float(each.std(ddof=1)) / len(each) ** 0.5 if len(each) > 1 else float("nan"),
-        "relative": float(each.mean()) / found.scale if found.scale > 0 else float("nan"),
+        "snd": found.value * smaller,
+        "snd_error": found.error * smaller,
+        "relative": found.value * smaller / found.scale if found.scale > 0 else float("nan"),
         "batch": float(batch),
     }
     stats = {}

@@ -25,6 +25,7 @@ from normscope.probes.transfer import to_host
 SITE = str(Site("", 0, "output"))
 SAMPLES = 256  # held samples whose gradients a snapshot takes
 FEWEST, MOST = 4, 8  # chunks that they are cut into
+KEPT = 1 << 20  # elements of a gradient that are kept, evenly spread
 
 
 def measure(problem: Problem, norms: Mapping[str, NormParts], batch: int) -> dict[str, list[Row]]:
@@ -47,8 +48,8 @@ def measure(problem: Problem, norms: Mapping[str, NormParts], batch: int) -> dic
     if len(parts) < FEWEST or not held or (layers and chunk < 2):
         return {}
     with with_batch_statistics(problem.model, layers), torch.enable_grad():
-        squares, products = _sums(problem, parts, held)
-    found = agreement(squares, products) | {"chunk": float(chunk)}
+        products = _products(problem, parts, held)
+    found = agreement(products) | {"chunk": float(chunk)}
     return {"noise": [channel_row(SITE, "gradient", {}, found)]}
 
 
@@ -87,48 +88,44 @@ def chunks(batches: Sequence[Any], wanted: int) -> tuple[list[Any], int]:
     return found, size
 
 
-def agreement(squares: np.ndarray, products: np.ndarray) -> dict[str, float]:
+def agreement(products: np.ndarray) -> dict[str, float]:
     """Return unbiased estimates of |G|^2 and E |g|^2 with standard errors.
 
     Args:
-        squares: [M] |g_j|^2.
-        products: [M] g_j . (g_1 + ... + g_(j - 1)), the first of them 0.
+        products: [M, M] g_i . g_j of independent gradients, M at least 3.
 
     Returns:
-        signal, signal_error, square and square_error. Given the gradients before it, products[j] / j is an estimate of
-        |G|^2 by itself; the errors are those of a weighted mean of these, and of a mean.
+        signal, the mean over pairs of different gradients, with its jackknife error signal_error; square, the mean of
+        |g|^2, with square_error.
     """
-    number, weights = len(squares), np.arange(len(squares), dtype=float)
-    signal = float(products.sum() / weights.sum())
-    single = products[1:] / weights[1:]
-    spread = float((weights[1:] ** 2 * (single - signal) ** 2).sum()) * (number - 1) / (number - 2)
+    number, squares = len(products), products.diagonal()
+    rows = products.sum(1) - squares
+    without = (rows.sum() - 2 * rows) / ((number - 1) * (number - 2))  # the signal that all but one show
+    spread = float(((without - without.mean()) ** 2).sum()) * (number - 1) / number
     return {
-        "signal": signal,
-        "signal_error": spread**0.5 / float(weights.sum()),
+        "signal": float(rows.sum()) / (number * (number - 1)),
+        "signal_error": spread**0.5,
         "square": float(squares.mean()),
         "square_error": float(squares.std(ddof=1)) / number**0.5,
     }
 
 
-def _sums(problem: Problem, parts: Sequence[Any], held: Sequence[nn.Parameter]) -> tuple[np.ndarray, np.ndarray]:
-    """Return squares and products of the chunks' gradients; two gradients are in memory at a time."""
-    total: list[torch.Tensor] = []
-    dots: list[torch.Tensor] = []
+def _products(problem: Problem, parts: Sequence[Any], held: Sequence[nn.Parameter]) -> np.ndarray:
+    """Return the inner products of the chunks' gradients, in a large model of every k-th element of them."""
+    stride = -(-sum(p.numel() for p in held) // KEPT)
+    kept = []
     for part in parts:
         output, target = problem.forward(problem.model, part)
         found = torch.autograd.grad(problem.loss(output, target), held, allow_unused=True)
-        gradient = [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(held, found, strict=True)]
-        total = total or [torch.zeros_like(g) for g in gradient]
-        dots += [_dot(gradient, gradient), _dot(gradient, total)]
-        total = list(torch._foreach_add(total, gradient))
-    values = np.array([float(value) for value in to_host(dots)])
-    return values[::2], values[1::2]
+        kept.append(torch.cat([_thinned(g, stride).to(held[0].device) for g in found if g is not None]))
+    gradients = torch.stack(kept).double()
+    return to_host([gradients @ gradients.T])[0]
 
 
-def _dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
-    here = a[0].device
-    terms = [torch.dot(x.reshape(-1), y.reshape(-1)).double().to(here) for x, y in zip(a, b, strict=True)]
-    return torch.stack(terms).sum()
+def _thinned(gradient: torch.Tensor, stride: int) -> torch.Tensor:
+    """Return every k-th element, scaled so that its squared norm estimates that of the whole."""
+    flat = gradient.detach().reshape(-1)
+    return flat if stride == 1 else flat[::stride] * (len(flat) / len(flat[::stride])) ** 0.5
 
 
 def _cut(batch: Any, size: int, start: int, length: int) -> Any:
