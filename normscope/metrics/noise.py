@@ -153,7 +153,8 @@ def scale(record: Record) -> Scale:
     if found is None:
         return Scale(Estimate.missing(Status.NOT_RECORDED, "mccandlish2018"), np.nan, False)
     chunk, signal, signal_error, square, square_error, n = found
-    least = chunk * (square / max(signal + _CERTAIN * signal_error, 0.0) - 1) if signal_error > 0 else np.nan
+    most = signal + _CERTAIN * signal_error
+    least = np.inf if most <= 0 else chunk * (square / most - 1)
     value = chunk * (square / signal - 1) if signal > 0 else np.inf
     error = chunk * float(np.hypot(square_error / signal, square * signal_error / signal**2)) if signal > 0 else np.inf
     status = Status.SAMPLED if signal > _CERTAIN * signal_error else Status.FEW_SAMPLES
@@ -211,7 +212,7 @@ def _parts(record: Record, phase: str) -> tuple[float, float, float, float, floa
     columns = {name: t["/output"] for name, t in zip(names, found, strict=True) if "/output" in t}
     if not {"chunk", "signal", "square"} <= columns.keys():
         return None
-    late = pd.DataFrame(columns).dropna(subset=["chunk", "signal", "square"])
+    late = pd.DataFrame(columns).dropna(subset=["chunk"])
     late = late.tail(max(3, len(late) // tables.LATE_FRACTION))
     if not len(late):
         return None

@@ -73,6 +73,7 @@ class Network:
         self.arrays: dict[tuple[str, str, str], Callable[[int], np.ndarray]] = {}
         self.contexts: dict[int, dict[str, object]] = {}
         self.extra_sites: dict[str, dict[str, object]] = {}
+        self.inputs: dict[str, object] = {}  # attributes of the norms' inputs
         self.extra: dict[tuple[str, str, str], Callable[[int], Stats]] = {}
         self.events: list[tuple[int, str, str, str]] = []
         self.batch = 64
@@ -112,7 +113,8 @@ class Network:
         if self.norm:
             for i in range(self.layers):
                 for slot in ("input", "running") if self.norm == "batch" else ("input",):
-                    store.site(f"l{i}.norm/{slot}", {"module": f"l{i}.norm", "call": 0, "slot": slot})
+                    more = self.inputs if slot == "input" else {}
+                    store.site(f"l{i}.norm/{slot}", {"module": f"l{i}.norm", "call": 0, "slot": slot, **more})
         for step in range(self.steps[-1] + 1 if self.steps else 0):
             self._context(store, step)
         for step in self.steps:
