@@ -19,8 +19,7 @@ _USED = "batch of this run"
 
 def _moved(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
     columns = MOVED.columns
-    values = tables.table(record, "relative", phase=noise.PHASE)
-    shown = over_depth(values, sites, columns, _LAYER)
+    shown = over_depth(noise.moved(record), sites, columns, _LAYER)
     if not len(shown):
         return shown
     ends = [0, max(int(shown["layer"].max()), 1)]
@@ -57,10 +56,10 @@ MOVED = Figure(
     title="How far an output moves with the batch it is in",
     explains=("noise.small-batch", "noise.whitening-batch"),
     prepare=_moved,
-    columns=("layer", "relative", "step", "site"),
+    columns=("layer", "moved", "step", "site"),
     x_label="normalization layer, in order of execution",
     y_label="movement, relative to the output",
-    reading="A fixed sample beside other companions each time; it falls with one over the root of the batch size.",
+    reading="What the noise of mean and variance does to an output; it falls with one over the root of the batch size.",
     log_y=True,
     references=(_LIMIT,),
     rules=(_LAYER,),

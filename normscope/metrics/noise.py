@@ -68,11 +68,9 @@ def layers(record: Record) -> pd.DataFrame:
 
     Returns:
         Indexed by site "<module>/output", with columns snd, error, relative, mean_noise and var_noise (of the median
-        channel), from held samples in the late window, NaN without a problem; moved, how far the noise of mean and
-        variance moves an output relative to its size, sqrt(mean_noise^2 + var_noise^2 / 4), and `relative` for layers
-        that have neither (they differ where a sample is a large part of its own batch); batch, samples in a forward
-        pass; values, numbers a channel, pixels counted (BatchNorm alone); whitened and whitened_from (whitening layers
-        alone); training, 1 or 0 in the late window, NaN where nothing tells.
+        channel) and moved (see `moved`), from held samples in the late window, NaN without a problem; batch, samples in
+        a forward pass; values, numbers a channel, pixels counted (BatchNorm alone); whitened and whitened_from
+        (whitening layers alone); training, 1 or 0 in the late window, NaN where nothing tells.
     """
     known = tables.attributes(record)
     modules = _candidates(record, known)
@@ -93,11 +91,10 @@ def layers(record: Record) -> pd.DataFrame:
     kind = tables.layers(record)["norm"].reindex(modules).to_numpy()
     values = _late(tables.table(record, "count", slot="input"), inputs)
     running = [f"{module}/running" for module in modules]
-    moments = np.hypot(held["mean_noise"], held["var_noise"] / 2)
     return pd.DataFrame(
         {
             **held,
-            "moved": np.where(np.isfinite(moments), moments, held["relative"]),
+            "moved": _late(moved(record), sites),
             "batch": _late(tables.table(record, "batch", slot="input"), inputs),
             "values": np.where(kind == "batch", values, np.nan),
             "whitened": extra["whitened"].to_numpy(),
@@ -106,6 +103,24 @@ def layers(record: Record) -> pd.DataFrame:
         },
         index=pd.Index(sites, name="site"),
     )
+
+
+def moved(record: Record) -> pd.DataFrame:
+    """Return how far the noise of batch statistics moves an output, relative to its size.
+
+    For BatchNorm sqrt(mean_noise^2 + var_noise^2 / 4), of the median channel; else what resampling has shown. The two
+    differ where a sample is a large part of its own batch.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        A row a step, a column a site, in order of execution.
+    """
+    relative, mean, var = (
+        tables.table(record, stat, phase=PHASE) for stat in ("relative", "mean_noise.q50", "var_noise.q50")
+    )
+    return ((mean**2 + var**2 / 4) ** 0.5).reindex_like(relative).fillna(relative)
 
 
 def sampling(record: Record) -> Estimate:

@@ -44,7 +44,7 @@ def measure(problem: Problem, norms: Mapping[str, NormParts], batch: int) -> dic
     """
     layers = crossing(problem.model, norms)
     parts, chunk = chunks(problem.batches, batch if layers else 1)
-    held = [p for p in problem.model.parameters() if p.requires_grad]
+    held = [p for p in problem.model.parameters() if p.requires_grad and p.is_floating_point()]
     if len(parts) < FEWEST or not held or (layers and chunk < 2):
         return {}
     with with_batch_statistics(problem.model, layers), torch.enable_grad():
@@ -116,15 +116,15 @@ def _products(problem: Problem, parts: Sequence[Any], held: Sequence[nn.Paramete
     kept = []
     for part in parts:
         output, target = problem.forward(problem.model, part)
-        found = torch.autograd.grad(problem.loss(output, target), held, allow_unused=True)
-        kept.append(torch.cat([_thinned(g, stride).to(held[0].device) for g in found if g is not None]))
+        found = torch.autograd.grad(problem.loss(output, target), held, materialize_grads=True)
+        kept.append(torch.cat([_thinned(g, stride).to(held[0].device) for g in found]))
     gradients = torch.stack(kept).double()
     return to_host([gradients @ gradients.T])[0]
 
 
 def _thinned(gradient: torch.Tensor, stride: int) -> torch.Tensor:
     """Return every k-th element, scaled so that its squared norm estimates that of the whole."""
-    flat = gradient.detach().reshape(-1)
+    flat = (gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()).reshape(-1)
     return flat if stride == 1 else flat[::stride] * (len(flat) / len(flat[::stride])) ** 0.5
 
 

@@ -92,11 +92,12 @@ class Stream:
             values: what `states` returned, on the host.
 
         Returns:
-            A row of the model's input with `ratio` and `samples` (see `compared`), and one of its gradient (see
-            `normscope.probes.noise_scale.micro`), where there are.
+            A row of the model's input with `ratio` and `samples`, where it could be compared (see `compared`), and one
+            of its gradient (see `normscope.probes.noise_scale.micro`), where there are enough micro-batches.
         """
         host = iter(values)
-        found = [channel_row(SITE, "value", {}, self.compared(next(host))) for _ in self._drawn]
+        compared = [self.compared(next(host)) for _ in self._drawn]
+        found = [channel_row(SITE, "value", {}, stats) for stats in compared if np.isfinite(stats["ratio"])]
         squares = [sum(float(next(host)) for _ in parts) for parts in self._gradients]
         return [*found, noise_scale.micro(squares, self._sizes[0])] if squares else found
 
@@ -114,7 +115,7 @@ class Stream:
             state: [3, features] count, mean and variance of the features over the samples of a batch.
 
         Returns:
-            The ratio, NaN for the first batch, and the samples.
+            The ratio, NaN for the first batch and for constant input, and the samples.
         """
         (count, *_), mean, variance = state
         if self._mean is None or self._mean.shape != mean.shape:
