@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
-from normscope.norms.affine import scale_shift
+from normscope.norms.affine import folded, scale_shift
 from normscope.norms.area import Area, Batch, Group, Instance, Layer, Position
 from normscope.norms.average import LOCAL, Across, Average
 from normscope.norms.fused import kernel, suits
@@ -228,7 +228,7 @@ class Norm(Normalization):
         scale, shift = wide
         if type(self.recovery) is not Affine or self.recovery.shape:
             return self.recovery.apply(self, scale_shift(x, scale, shift), x, axis, condition)
-        return scale_shift(x, *_folded(scale, shift, *self.recovery.gain(self)))
+        return scale_shift(x, *folded(scale, shift, *self.recovery.gain(self)))
 
     def _whitens_jointly(self, z: Tensor) -> bool:
         if not (self.operation.whitens and self.average is LOCAL and type(self.population) in {Current, Running}):
@@ -249,18 +249,6 @@ class Norm(Normalization):
             population.update(self, z, stats)
         y = self.area.merge(y, x, axis)
         return y if folds else recovery.apply(self, y, x, axis, condition)
-
-
-def _folded(
-    scale: Tensor | None, shift: Tensor | None, gain: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Put gain (scale x + shift) + bias together."""
-    if gain is not None:
-        scale = gain.unsqueeze(0) if scale is None else scale * gain
-        shift = None if shift is None else shift * gain
-    if bias is not None:
-        shift = bias.unsqueeze(0) if shift is None else shift + bias
-    return scale, shift
 
 
 def _parts_of(module: nn.Module) -> NormParts | None:

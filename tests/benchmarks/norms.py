@@ -1,7 +1,14 @@
-"""What each normalization costs beside nn.BatchNorm2d: `python -m tests.benchmarks.norms [--out FOLDER]`."""
+"""What each normalization costs: `python -m tests.benchmarks.norms [--out FOLDER] [--names NAME ...]`.
+
+Forward and backward of every row of the zoo, interleaved with nn.BatchNorm2d in one process and one thread. Times are
+of the processor, not of the clock, so that what else the machine does counts for little. Memory is what the allocator
+of torch hands out and takes back, added up in the order of time.
+"""
 
 import argparse
 import csv
+import ctypes
+import platform
 import random
 import statistics
 import time
@@ -12,24 +19,33 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from normscope.core.errors import ArgumentError
 from normscope.norms import build, zoo
+from tests.benchmarks.arithmetic import work
 
 SHAPES = {"maps": (64, 64, 32, 32), "tokens": (8, 128, 256)}
-FIELDS = (
-    "shape",
-    "name",
-    "milliseconds",
-    "times_batch_norm",
-    "beside",
-    "times_beside",
-    "peak_mebibytes",
-    "peak_times_batch_norm",
-)
+# settings that tests make small; the benchmark takes the method's own
+SMALL = {"groups", "group_size", "block", "examples"}
+FIELDS = {
+    "shape": "maps (64, 64, 32, 32) or tokens (8, 128, 256)",
+    "name": "row of the zoo",
+    "milliseconds": "forward and backward",
+    "times_batch_norm": "that over nn.BatchNorm2d",
+    "times_needed": "that over what its arithmetic needs",
+    "needed_milliseconds": "passes x bytes / bandwidth + products / product rate + functions",
+    "passes": "tensors read or written, forward + backward",
+    "columns": "multiplications and additions in products for each entry",
+    "functions": "of each entry",
+    "beside": "kernel of torch or textbook formulation",
+    "times_beside": "time over that",
+    "peak_mebibytes": "most memory beyond the input",
+    "peak_times_batch_norm": "that over nn.BatchNorm2d",
+}
 
 
-def textbook(x, whiten, shape):
+def textbook(rows):
     """Center, covariance, Newton's iteration as usually written, one product: all left to autograd."""
-    centered = whiten - whiten.mean(-1, keepdim=True)
+    centered = rows - rows.mean(-1, keepdim=True)
     sigma = centered @ centered.mT / centered.shape[-1]
     trace = sigma.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     p = torch.eye(sigma.shape[-1]).expand_as(sigma)
@@ -41,14 +57,14 @@ def textbook(x, whiten, shape):
 class TextbookBatch(nn.Module):
     """Iterative normalization with the batch transposed to channels by samples."""
 
-    def __init__(self, features):
+    def __init__(self, features, *spatial):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(1, features, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(1, features, 1, 1))
+        shape = (1, features, *(1 for _ in spatial))
+        self.weight, self.bias = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
 
     def forward(self, x):
         rows = x.transpose(0, 1)
-        y = textbook(x, rows.reshape(x.shape[1], -1), rows.shape)
+        y = textbook(rows.reshape(x.shape[1], -1))
         return y.reshape(rows.shape).transpose(0, 1).contiguous() * self.weight + self.bias
 
 
@@ -56,7 +72,7 @@ class TextbookGroup(TextbookBatch):
     """Group whitening of 32 groups."""
 
     def forward(self, x):
-        y = textbook(x, x.reshape(len(x), 32, -1), x.shape)
+        y = textbook(x.reshape(len(x), 32, -1))
         return y.reshape(x.shape) * self.weight + self.bias
 
 
@@ -67,49 +83,66 @@ BESIDE = {
         "layer": lambda: nn.GroupNorm(1, 64),
         "group": lambda: nn.GroupNorm(32, 64),
         "instance": lambda: nn.InstanceNorm2d(64, affine=True),
-        "iterative": lambda: TextbookBatch(64),
-        "group-whitening": lambda: TextbookGroup(64),
+        "local-response": lambda: nn.LocalResponseNorm(5, 5e-4),
+        "iterative": lambda: TextbookBatch(64, 32, 32),
+        "group-whitening": lambda: TextbookGroup(64, 32, 32),
     },
-    "tokens": {"layer": lambda: nn.LayerNorm(256), "rms": lambda: nn.RMSNorm(256, eps=1e-6)},
+    "tokens": {
+        "batch": lambda: nn.BatchNorm1d(128),
+        "layer": lambda: nn.LayerNorm(256),
+        "group": lambda: nn.GroupNorm(32, 128),
+        "instance": lambda: nn.InstanceNorm1d(128, affine=True),
+        "rms": lambda: nn.RMSNorm(256, eps=1e-6),
+        "iterative": lambda: TextbookBatch(128, 256),
+        "group-whitening": lambda: TextbookGroup(128, 256),
+    },
 }
 
 
-class OnTokens(nn.BatchNorm1d):
-    """Batch normalization of `(N, L, C)`."""
+def widened(value, small, large):
+    """Repeat what a row takes beside its input, made for `(6, C, 4, 5)` or `(6, 5, C)`, to the shape measured."""
+    if isinstance(value, tuple | list):
+        return type(value)(widened(part, small, large) for part in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.float() if value.is_floating_point() else value
+    for axis, size in enumerate(value.shape):
+        if axis < len(small) and size == small[axis] and (axis == 0 or axis > 1) and len(small) == len(large):
+            value = value.index_select(axis, torch.arange(large[axis]) % size)
+    return value
 
-    def forward(self, x):
-        return super().forward(x.flatten(0, 1)).reshape(x.shape)
 
-
-def rows(shape, names):
-    """Yield name and layer of what takes one input of this shape and gives one of the same shape."""
-    features = SHAPES[shape][1 if shape == "maps" else -1]
-    x = torch.randn(SHAPES[shape])
-    for name, row in zoo.items():
-        if names and name not in names:
-            continue
-        options = {k: v for k, v in row.options if k not in {"groups", "group_size", "block", "examples"}}
+def prepared(name, shape):
+    """Return a layer and the arguments of its forward, or the reason why it does not take this shape."""
+    row, size = zoo[name], SHAPES[shape]
+    options = {key: value for key, value in row.options if key not in SMALL}
+    reason = "it gives another shape"
+    # channels on the last axis of tokens, or else on axis 1
+    for features in dict.fromkeys((size[-1] if shape == "tokens" else size[1], size[1])):
+        small, *rest = row.inputs(features, torch.Generator().manual_seed(0))
         try:
             layer = build(name, features, **options)
-            if layer(x).shape == x.shape:
-                yield name, build(name, features, **options)
-        except (ValueError, RuntimeError, TypeError):
-            continue
+            extra = [widened(value, small.shape, size) for value in rest]
+            if layer(torch.randn(size), *extra).shape == size:
+                return layer, extra
+        except (ArgumentError, ValueError, RuntimeError, IndexError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+    return None, reason
 
 
-def once(layer, x, weights):
-    """Return the seconds of one forward and backward pass."""
+def once(layer, x, weights, extra):
+    """Return the processor's seconds of one forward and backward pass."""
     value = x.clone().requires_grad_()
-    start = time.perf_counter()
-    layer(value).backward(weights)
-    return time.perf_counter() - start
+    start = time.process_time()
+    layer(value, *extra).backward(weights)
+    return time.process_time() - start
 
 
-def peak(layer, x, weights):
+def peak(layer, x, extra):
     """Return the most bytes that forward and backward hold at once, beyond the input."""
-    value = x.clone().requires_grad_()
+    value, weights = x.clone().requires_grad_(), torch.ones_like(x)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        layer(value).backward(weights)
+        layer(value, *extra).backward(weights)
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -118,34 +151,74 @@ def peak(layer, x, weights):
     return most
 
 
-def interleaved(layers, x, rounds):
-    """Return the median seconds of each layer, all of them measured in every round."""
-    weights = torch.randn_like(x)
-    for layer in layers:
-        once(layer, x, weights)
-    times = {place: [] for place in range(len(layers))}
-    for _ in range(rounds):
-        # in a new order each time, so that none is always the first after another
-        for place in random.sample(list(times), len(times)):
-            times[place].append(once(layers[place], x, weights))
-    return [statistics.median(column) for column in times.values()]
+def interleaved(cases, rounds):
+    """Return the median of each function's seconds, all of them measured in every round, in a new order each time."""
+    times = [[] for _ in cases]
+    for turn in range(rounds + 1):
+        for place in random.sample(range(len(cases)), len(cases)):
+            seconds = cases[place]()
+            if turn:
+                times[place].append(seconds)
+    return [statistics.median(column) for column in times]
 
 
-def measure(shape, names, rounds):
-    """Yield a line of the table for each row of the zoo."""
+def rates(shape):
+    """Return seconds for each pass over a tensor, each column of products, each function, by name."""
+    x, out = torch.randn(shape).abs(), torch.empty(shape)
+    features = shape[1]
+    square, wide = torch.randn(features, features), x.reshape(len(x), features, -1)
+    flat = x.reshape(features, -1)
+
+    def timed(function):
+        start = time.process_time()
+        function()
+        return time.process_time() - start
+
+    measured = {
+        "pass": lambda: torch.add(x, x, out=out),
+        "column": lambda: torch.bmm(square.expand(len(x), -1, -1), wide, out=out.view(wide.shape)),
+        "kthvalue": lambda: flat.kthvalue(flat.shape[1] // 4),
+    } | {name: lambda f=getattr(torch, name): f(x, out=out) for name in ("exp", "log", "tanh", "erf")}
+    found = interleaved([lambda f=f: timed(f) for f in measured.values()], 15)
+    seconds = dict(zip(measured, found, strict=True))
+    return seconds | {"pass": seconds["pass"] / 3, "column": seconds["column"] / features}
+
+
+def needed(name, rate):
+    """Return the seconds that the arithmetic of a row needs."""
+    task = work(name)
+    passes = (task.forward + task.backward) * rate["pass"]
+    return passes + task.columns * rate["column"] + sum(rate[function] for function in task.functions)
+
+
+def measure(shape, names, rounds, rate):
+    """Yield a line of the table for each row of the zoo that takes this shape, and names with reasons for others."""
     x = torch.randn(SHAPES[shape])
-    plain = nn.BatchNorm2d(64) if shape == "maps" else OnTokens(256)
     weights = torch.randn_like(x)
-    base_peak = peak(plain, x, weights)
-    for name, layer in rows(shape, names):
-        beside = BESIDE[shape][name]() if name in BESIDE[shape] else None
-        found = interleaved([plain, layer, *([beside] if beside else [])], x, rounds)
-        most = peak(layer, x, weights)
+    plain = nn.BatchNorm2d(64) if shape == "maps" else nn.BatchNorm1d(128)
+    base_peak = peak(plain, x, [])
+    for name in names or zoo:
+        layer, extra = prepared(name, shape)
+        if layer is None:
+            yield {"shape": shape, "name": name, "reason": extra}
+            continue
+        layers = [(plain, []), (layer, extra)]
+        beside = BESIDE[shape].get(name, lambda: None)()
+        if beside is not None:
+            layers.append((beside, []))
+        cases = [lambda layer=layer, extra=extra: once(layer, x, weights, extra) for layer, extra in layers]
+        found = interleaved(cases, rounds if beside is None else 5 * rounds)
+        most, least, task = peak(layer, x, extra), needed(name, rate), work(name)
         yield {
             "shape": shape,
             "name": name,
-            "milliseconds": round(1e3 * found[1], 2),
+            "milliseconds": round(1e3 * found[1], 3),
             "times_batch_norm": round(found[1] / found[0], 2),
+            "times_needed": round(found[1] / least, 2),
+            "needed_milliseconds": round(1e3 * least, 3),
+            "passes": f"{task.forward}+{task.backward}",
+            "columns": task.columns,
+            "functions": " ".join(task.functions),
             "beside": type(beside).__name__ if beside else "",
             "times_beside": round(found[1] / found[2], 3) if beside else "",
             "peak_mebibytes": round(most / 2**20, 1),
@@ -153,44 +226,70 @@ def measure(shape, names, rounds):
         }
 
 
+def keep_memory():
+    """Let the allocator of the C library keep what it is given back, so that no row pays for new pages."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**31 - 1)
+        libc.mallopt(-1, 2**31 - 1)
+
+
 def draw(lines, path):
-    """Draw the times as bars."""
+    """Draw times over batch normalization and over the arithmetic, the slowest on top."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 18), layout="constrained")
-    for axis, shape in zip(axes, SHAPES, strict=True):
-        chosen = sorted((line for line in lines if line["shape"] == shape), key=lambda line: line["times_batch_norm"])
-        axis.barh([line["name"] for line in chosen], [line["times_batch_norm"] for line in chosen])
-        axis.set_xscale("log")
-        axis.set_xlabel(f"time of forward and backward, times that of batch normalization, {SHAPES[shape]}")
-        axis.tick_params(labelsize=6)
-    figure.savefig(path, dpi=100)
+    chosen = {shape: [line for line in lines if line["shape"] == shape] for shape in SHAPES}
+    longest = max(map(len, chosen.values()))
+    figure, axes = plt.subplots(1, 2, figsize=(15, 2 + 0.17 * longest), layout="constrained")
+    for axis, (shape, found) in zip(axes, chosen.items(), strict=True):
+        found.sort(key=lambda line: line["times_batch_norm"])
+        names = [line["name"] for line in found]
+        axis.hlines(names, 0.1, [line["times_batch_norm"] for line in found], color="0.85", linewidth=0.7)
+        axis.plot([line["times_batch_norm"] for line in found], names, "o", ms=4.5, color="#0072B2")
+        axis.plot([line["times_needed"] for line in found], names, "D", ms=4, mfc="none", color="#D55E00")
+        axis.axvline(1, color="0.4", linewidth=0.8)
+        axis.axvline(3, color="#D55E00", linewidth=0.8, linestyle="--")
+        axis.set(xscale="log", title=f"{shape} {SHAPES[shape]}", xlabel="times, forward and backward")
+        axis.set_ylim(-1, len(found))
+        axis.tick_params(axis="y", labelsize=7)
+    axes[0].legend(
+        ["beside nn.BatchNorm2d", "beside what its arithmetic needs", "equal", "limit beside the arithmetic: 3"],
+        handles=[axes[0].lines[0], axes[0].lines[1], axes[0].lines[2], axes[0].lines[3]],
+        loc="lower right",
+        fontsize=8,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder for benchmark.csv and benchmark.png")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for norms.csv and norms.png")
     parser.add_argument("--names", nargs="*", help="only these rows")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    lines = []
-    for shape in SHAPES:
-        for line in measure(shape, arguments.names, arguments.rounds):
+    keep_memory()
+    lines, left = [], []
+    for shape in arguments.shapes:
+        rate = rates(SHAPES[shape])
+        print(shape, {name: f"{1e3 * seconds:.3f} ms" for name, seconds in rate.items()}, flush=True)
+        for line in measure(shape, arguments.names, arguments.rounds, rate):
+            (left if "reason" in line else lines).append(line)
             print(
-                "  ".join(f"{line[field]!s:<24}" if field == "name" else str(line[field]) for field in FIELDS),
-                flush=True,
+                "  ".join(f"{value!s:<22}" if key == "name" else str(value) for key, value in line.items()), flush=True
             )
-            lines.append(line)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        with (arguments.out / "benchmark.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS)
+        with (arguments.out / "norms.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(FIELDS))
             writer.writeheader()
             writer.writerows(lines)
-        draw(lines, arguments.out / "benchmark.png")
+        draw(lines, arguments.out / "norms.png")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
+from normscope.norms.affine import folded, scale_shift
 from normscope.norms.area import Batch, Instance
-from normscope.norms.average import LOCAL, Average, rows
-from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept
+from normscope.norms.average import LOCAL, Average
+from normscope.norms.families.mixtures_base import ChannelNorm, RunningNorm, enough, instances, kept
 from normscope.norms.layer import Norm, Normalization, in_float
 from normscope.norms.operation import Standardize
 from normscope.norms.part import Traits, positive
@@ -176,11 +177,9 @@ class SwitchableWidthNorm(Normalization):
             stored_var.lerp_((var.detach().squeeze(0) * (count / (count - 1))).to(stored_var), rate)
         else:
             mean, var = kept(stored_mean, z).unsqueeze(0), kept(stored_var, z).unsqueeze(0)
-        y = (z - rows(mean, z)) * rows((var + self.eps).rsqrt(), z)
-        if self.weight is not None and self.bias is not None:
-            weight, bias = self.weight[place, :size], self.bias[place, :size]
-            y = y * rows(weight.unsqueeze(0), z) + rows(bias.unsqueeze(0), z)
-        return Batch().merge(y, x)
+        factor = (var + self.eps).rsqrt()
+        gain, bias = (None if v is None else v[place, :size] for v in (self.weight, self.bias))
+        return scale_shift(x, *folded(factor, -mean * factor, gain, bias))
 
 
 class _DomainMoments(ChannelNorm):
@@ -274,9 +273,7 @@ class AutoDial(_DomainMoments):
         usual = half.long() if self.training else 1
         labels = members(usual if domain is None else domain, x.shape[0], 2, None).to(x.device)
         mean, var = self._mixed(x, labels) if self.training else self.measured(x, labels)
-        z = instances(x, self.num_features)
-        y = (z - mean[labels].unsqueeze(2)) * (var[labels] + self.eps).rsqrt().unsqueeze(2)
-        return self.recover(y.reshape(x.shape), x)
+        return self.normalized(x, mean[labels], var[labels])
 
     def _mixed(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         means, variances = [], []
@@ -337,14 +334,12 @@ class DomainOptimizedNorm(_DomainMoments):
     def _branch(self, x: Tensor, labels: Tensor) -> Tensor:
         mean, var = self.measured(x, labels)
         z = instances(x, self.num_features)
-        own_var, own = torch.var_mean(z, 2, correction=0)
+        own, own_var = LOCAL.moments(z)
         share = torch.sigmoid(self.mix)[labels].unsqueeze(1)
         center = share * mean[labels] + (1 - share) * own
         factor = (share * var[labels] + (1 - share) * own_var + self.eps).rsqrt()
-        y = (z - center.unsqueeze(2)) * factor.unsqueeze(2)
-        if self.weight is not None and self.bias is not None:
-            y = y * self.weight[labels].unsqueeze(2) + self.bias[labels].unsqueeze(2)
-        return y.reshape(x.shape)
+        gain, bias = (None if v is None else v[labels] for v in (self.weight, self.bias))
+        return scale_shift(x, *folded(factor, -center * factor, gain, bias))
 
 
 class GatedBatchNorm(_DomainMoments):
@@ -390,12 +385,10 @@ class GatedBatchNorm(_DomainMoments):
         mean, var = self.measured(x, labels)
         gates = self.scores(x).softmax(1)
         factor = (var + self.eps).rsqrt()
-        scale, shift = gates @ factor, gates @ (mean * factor)
-        z = instances(x, self.num_features)
-        return self.recover((z * scale.unsqueeze(2) - shift.unsqueeze(2)).reshape(x.shape), x)
+        return self.mapped(x, gates @ factor, -gates @ (mean * factor))
 
 
-class DomainAgnosticNorm(ChannelNorm):
+class DomainAgnosticNorm(RunningNorm):
     """Domain agnostic normalization: the statistics of the source examples normalize those of all domains.
 
     Args:
@@ -405,13 +398,6 @@ class DomainAgnosticNorm(ChannelNorm):
         affine: weight and bias for each channel.
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True) -> None:
-        """Register weight, bias and the stored statistics."""
-        super().__init__(num_features, eps, affine)
-        valid_momentum(momentum)
-        self.momentum = momentum
-        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
-
     @property
     def traits(self) -> Traits:
         """Those of batch normalization."""
@@ -420,11 +406,8 @@ class DomainAgnosticNorm(ChannelNorm):
     @in_float
     def forward(self, x: Tensor, domain: Tensor | int | None = None) -> Tensor:
         """Normalize `(N, C, *)`; domain is 0 for source examples `(N,)`, all without it."""
-        z = self.split(x)
+        source = x
         if self.training:
             labels = members(domain, x.shape[0], int(torch.as_tensor(0 if domain is None else domain).max()) + 1, 0)
-            source, mean, var = self.moments(x[(labels == 0).to(x.device)])
-            track(self, self.momentum, mean=mean, var=self.bessel(var, source))
-        else:
-            mean, var = kept(self.running_mean, z).unsqueeze(0), kept(self.running_var, z).unsqueeze(0)
-        return self.finish(self.standardized(z, mean, var), x)
+            source = x[(labels == 0).to(x.device)]
+        return self.normalized(x, *self.batch(source))

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
+from normscope.norms.affine import folded, scale_shift
 from normscope.norms.area import Batch
-from normscope.norms.average import rows
-from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept
+from normscope.norms.average import LOCAL
+from normscope.norms.families.mixtures_base import ChannelNorm, RunningNorm, enough, instances, kept, pooled
 from normscope.norms.layer import Norm, Normalization, in_float
 from normscope.norms.operation import Standardize, safe_sqrt
 from normscope.norms.part import Traits, divide, positive
@@ -58,8 +59,7 @@ class TransferableNorm(ChannelNorm):
         if not self.training:
             z = self.split(x)
             mean, var = kept(self.running_mean, z), kept(self.running_var, z)
-            y = self.finish(self.standardized(z, mean[1:], var[1:]), x)
-            return self._weighted(y, mean, var)
+            return self._weighted(self.normalized(x, mean[1:], var[1:]), mean, var)
         if x.shape[0] % 2 or not len(x):
             raise ArgumentError(
                 f"x of shape {tuple(x.shape)} has too few samples for halves: the batch must be even, the source first."
@@ -68,18 +68,17 @@ class TransferableNorm(ChannelNorm):
         mean = torch.cat([m for _, m, _ in parts])
         var = torch.cat([self.bessel(v, z) for z, _, v in parts])
         track(self, self.momentum, mean=mean, var=var)
-        halves = zip(parts, x.chunk(2), strict=True)
-        y = torch.cat([self.finish(self.standardized(*part), half) for part, half in halves])
-        return self._weighted(y, mean.detach(), var.detach())
+        own = (torch.cat([v.expand(len(x) // 2, -1) for v in found]) for found in list(zip(*parts, strict=True))[1:])
+        return self._weighted(self.normalized(x, *own), mean.detach(), var.detach())
 
     def _weighted(self, y: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         source, target = mean * (var + self.eps).rsqrt()
         p = (1 + (source - target).abs()).reciprocal()
         alpha: Tensor = self.num_features * p / p.sum()
-        return y * (1 + alpha).reshape(-1, *(1,) * (y.ndim - 2))
+        return scale_shift(y, (1 + alpha).unsqueeze(0), None)
 
 
-class BorrowingNorm(ChannelNorm):
+class BorrowingNorm(RunningNorm):
     """Batch normalization by statistics of two batches: the input, with weight `share`, and another one.
 
     mean = share mean_x + (1 - share) mean_other, and the variance of the mixture of both. With share 0.5 and the next
@@ -106,12 +105,10 @@ class BorrowingNorm(ChannelNorm):
         Raises:
             ArgumentError: share is not in [0, 1].
         """
-        super().__init__(num_features, eps, affine)
-        valid_momentum(momentum)
+        super().__init__(num_features, eps, momentum, affine)
         if not 0 <= share <= 1:
             raise ArgumentError(f"share={share!r} must be between 0 and 1: the weight of the input; try 0.5.")
-        self.share, self.momentum = share, momentum
-        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
+        self.share = share
 
     @property
     def traits(self) -> Traits:
@@ -121,12 +118,9 @@ class BorrowingNorm(ChannelNorm):
     @in_float
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Normalize `(N, C, *)` with the help of another batch `(M, C, *)`; by itself without."""
-        z = self.split(x)
-        if self.training:
-            mean, var = self._mixed(x, x if other is None else other.to(x.dtype), 1.0 if other is None else self.share)
-        else:
-            mean, var = kept(self.running_mean, z).unsqueeze(0), kept(self.running_var, z).unsqueeze(0)
-        return self.finish(self.standardized(z, mean, var), x)
+        if not self.training or other is None:
+            return self.normalized(x, *self.batch(x))
+        return self.normalized(x, *self._mixed(x, other.to(x.dtype), self.share))
 
     def _mixed(self, x: Tensor, other: Tensor, share: float) -> tuple[Tensor, Tensor]:
         weights, batches = (share, 1 - share), (x, other)
@@ -185,8 +179,7 @@ class AdversarialStatisticsNorm(Normalization):
         Batch().axis(x, self.num_features)
         z = Batch().split(x)
         mean = self.average.mean(z)
-        y = (z - rows(mean, z)) * rows(self.scale.unsqueeze(0), z) + rows(self.shift * mean, z)
-        return Batch().merge(y, x)
+        return scale_shift(x, self.scale.unsqueeze(0), (self.shift - self.scale) * mean)
 
 
 class DomainInvariantNorm(ChannelNorm):
@@ -214,13 +207,14 @@ class DomainInvariantNorm(ChannelNorm):
         """Normalize `(N, C, *)`."""
         z = instances(x, self.num_features)
         enough(z.shape[2], x)
-        var, mean = torch.var_mean(z, 2, correction=0)
-        z = (z - rows(mean, z)) * rows((var + self.eps).rsqrt(), z)
-        y = z * (z.square().sum(1, keepdim=True) + self.eps).rsqrt()
+        mean, var = LOCAL.moments(z)
+        factor = (var + self.eps).rsqrt()
+        y = scale_shift(z, factor, -mean * factor)
+        y = y * (y.square().sum(1, keepdim=True) + self.eps).rsqrt()
         return self.recover(y.reshape(x.shape), x)
 
 
-class SeparableNorm(ChannelNorm):
+class SeparableNorm(RunningNorm):
     """Separable batch normalization: batch statistics for all, several affine maps weighted by attention.
 
     y = sum_k a_k(x) (weight_k z + bias_k), z the normalized input, a = softmax of a linear map of the pooled input.
@@ -234,13 +228,11 @@ class SeparableNorm(ChannelNorm):
 
     def __init__(self, num_features: int, maps: int = 2, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
         """Register weight and bias `(maps, C)`, the attention and the stored statistics."""
-        super().__init__(num_features, eps, False)
-        valid_momentum(momentum)
-        self.maps, self.momentum = maps, momentum
+        super().__init__(num_features, eps, momentum, False)
+        self.maps = maps
         self.weight = nn.Parameter(torch.ones(maps, num_features))
         self.bias = nn.Parameter(torch.zeros(maps, num_features))
         self.attention = nn.Linear(num_features, maps)
-        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
 
     @property
     def traits(self) -> Traits:
@@ -250,18 +242,10 @@ class SeparableNorm(ChannelNorm):
     @in_float
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(N, C, *)`."""
-        z = self.split(x)
-        if self.training:
-            z, mean, var = self.moments(x)
-            track(self, self.momentum, mean=mean, var=self.bessel(var, z))
-        else:
-            mean, var = kept(self.running_mean, z).unsqueeze(0), kept(self.running_var, z).unsqueeze(0)
-        y = Batch().merge(self.standardized(z, mean, var), x)
-        part = self.attention(instances(x, self.num_features).mean(2)).softmax(1)
-        wide = (*y.shape[:2], *(1,) * (y.ndim - 2))
-        scale: Tensor = part @ self.weight
-        shift: Tensor = part @ self.bias
-        return y * scale.reshape(wide) + shift.reshape(wide)
+        mean, var = self.batch(x)
+        factor = (var + self.eps).rsqrt()
+        part = self.attention(pooled(x)).softmax(1)
+        return scale_shift(x, *folded(factor, -mean * factor, part @ self.weight, part @ self.bias))
 
 
 class FineGrainedNorm(Normalization):
@@ -313,7 +297,7 @@ class FineGrainedNorm(Normalization):
         return y.sum(1).reshape(x.shape)
 
 
-class MetaNorm(ChannelNorm):
+class MetaNorm(RunningNorm):
     """MetaNorm: networks infer mean and variance from the examples of a support set, for its query set too.
 
     mean = average over the support of mu(pool(x)), log var = sigma(average of (pool(x) - mean)^2 and of the variances
@@ -328,12 +312,11 @@ class MetaNorm(ChannelNorm):
 
     def __init__(self, num_features: int, hidden: int = 64, eps: float = 1e-5, affine: bool = True) -> None:
         """Register weight, bias, the networks and the inferred statistics."""
-        super().__init__(num_features, eps, affine)
+        super().__init__(num_features, eps, None, affine)
         self.hidden = hidden
         self.mu, self.sigma = (
             nn.Sequential(nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, num_features)) for _ in range(2)
         )
-        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
 
     @property
     def traits(self) -> Traits:
@@ -343,7 +326,7 @@ class MetaNorm(ChannelNorm):
     def infer(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the variance `(C,)` inferred from examples `(N, C, *)`."""
         z = instances(x, self.num_features)
-        var, pool = torch.var_mean(z, 2, correction=0)
+        pool, var = LOCAL.moments(z)
         mean = self.average.mean(self.mu(pool).mT.unsqueeze(0)).squeeze(0)
         spread = self.average.mean(((pool - mean).square() + var).mT.unsqueeze(0)).squeeze(0)
         return mean, self.sigma(spread.log1p()).exp()
@@ -358,13 +341,11 @@ class MetaNorm(ChannelNorm):
     @in_float
     def forward(self, x: Tensor) -> Tensor:
         """Normalize a support set in training, a query set in evaluation, `(N, C, *)`."""
-        z = self.split(x)
-        if self.training:
-            mean, var = self.infer(x)
-            track(self, 1.0, mean=mean, var=var)
-        else:
-            mean, var = kept(self.running_mean, z), kept(self.running_var, z)
-        return self.finish(self.standardized(z, mean.unsqueeze(0), var.unsqueeze(0)), x)
+        if not self.training:
+            return self.normalized(x, *self.stored(self.split(x)))
+        mean, var = self.infer(x)
+        track(self, 1.0, mean=mean, var=var)
+        return self.normalized(x, mean.unsqueeze(0), var.unsqueeze(0))
 
 
 class PopArt(Normalization):

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normscope.norms.area import Batch, Group, Instance
+from normscope.norms.average import LOCAL
 from normscope.norms.families.areas import largest_divisor
-from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept
+from normscope.norms.families.mixtures_base import ChannelNorm, RunningNorm, enough, instances, kept, unbiased
 from normscope.norms.families.mixtures_evonorm import EvoNorm
 from normscope.norms.families.mixtures_modes import DynamicNorm, ExemplarNorm, MixtureNorm, ModeNorm
 from normscope.norms.families.mixtures_switchable import KINDS, SparseSwitchableNorm, SwitchableNorm
@@ -16,14 +17,14 @@ from normscope.norms.families.mixtures_whitening import SwitchableWhitening
 from normscope.norms.layer import Norm, Normalization, in_float
 from normscope.norms.operation import Standardize
 from normscope.norms.part import Traits, positive, require
-from normscope.norms.population import Running, keep, track, valid_momentum
+from normscope.norms.population import Running, keep, track
 from normscope.norms.recovery import Affine
 from normscope.norms.row import Row
 from normscope.norms.split import Split
 from normscope.norms.whiten import Whiten
 
 
-class BatchInstanceNorm(ChannelNorm):
+class BatchInstanceNorm(RunningNorm):
     """Batch-instance normalization: y = weight (gate BN(x) + (1 - gate) IN(x)) + bias, a gate for each channel.
 
     The gate starts at 1. Keep it within [0, 1]: call `clip` after each step of the optimizer.
@@ -45,16 +46,8 @@ class BatchInstanceNorm(ChannelNorm):
         affine: bool = True,
     ) -> None:
         """Register weight, bias, gate and the stored batch statistics."""
-        super().__init__(num_features, eps, affine)
-        valid_momentum(momentum)
-        self.momentum = momentum
+        super().__init__(num_features, eps, momentum, affine)
         self.gate = nn.Parameter(torch.ones(num_features))
-        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
-
-    @property
-    def traits(self) -> Traits:
-        """Those of batch normalization."""
-        return Traits(crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True)
 
     @torch.no_grad()
     def clip(self) -> None:
@@ -64,17 +57,11 @@ class BatchInstanceNorm(ChannelNorm):
     @in_float
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(N, C, *)`."""
-        z = instances(x, self.num_features)
-        var, mean = torch.var_mean(z, 2, correction=0)
-        if self.training:
-            b, batch, batch_var = self.moments(x)
-            track(self, self.momentum, mean=batch, var=self.bessel(batch_var, b))
-        else:
-            batch, batch_var = kept(self.running_mean, z), kept(self.running_var, z)
+        mean, var = LOCAL.moments(instances(x, self.num_features))
+        batch, batch_var = self.batch(x)
         batch_part = self.gate * (batch_var + self.eps).rsqrt()
         part = (1 - self.gate) * (var + self.eps).rsqrt()
-        y = z * (batch_part + part).unsqueeze(2) - (batch * batch_part + mean * part).unsqueeze(2)
-        return self.recover(y.reshape(x.shape), x)
+        return self.mapped(x, batch_part + part, -(batch * batch_part + mean * part))
 
 
 class TaskNorm(ChannelNorm):
@@ -113,26 +100,24 @@ class TaskNorm(ChannelNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize a context set in training, a target set in evaluation, `(N, C, *)`."""
         z = instances(x, self.num_features)
-        dims = 2 if self.own == "instance" else (1, 2)
-        enough(z.shape[2] if self.own == "instance" else z.shape[1] * z.shape[2], x)
-        own_var, own = torch.var_mean(z, dims)
-        if self.own == "layer":
-            own_var, own = own_var.unsqueeze(1), own.unsqueeze(1)
+        whole = z if self.own == "instance" else z.unsqueeze(1)
+        enough(whole.shape[2:].numel(), x)
+        own, biased = LOCAL.moments(whole)
+        own_var = unbiased(biased, whole.shape[2:].numel())
         context, var, count = self._context(z, x)
         share = torch.sigmoid(self.a * count + self.b)
         mean = share * context + (1 - share) * own
-        pooled = share * (var + (context - mean).square()) + (1 - share) * (own_var + (own - mean).square())
-        y = (z - mean.unsqueeze(2)) * (pooled + self.eps).rsqrt().unsqueeze(2)
-        return self.recover(y.reshape(x.shape), x)
+        blended = share * (var + (context - mean).square()) + (1 - share) * (own_var + (own - mean).square())
+        return self.normalized(x, mean, blended)
 
     def _context(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not self.training:
             return kept(self.running_mean, z), kept(self.running_var, z), kept(self.running_count, z)
         b, mean, var = self.moments(x)
-        unbiased = self.bessel(var, b)
+        var = self.bessel(var, b)
         count = torch.as_tensor(self.average.count(b)).to(z).reshape(1) / z.shape[2]
-        track(self, 1.0, mean=mean, var=unbiased, count=count)
-        return mean, unbiased, count
+        track(self, 1.0, mean=mean, var=var, count=count)
+        return mean, var, count
 
 
 class BatchChannelNorm(Normalization):

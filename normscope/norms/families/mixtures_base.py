@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from normscope.core.errors import ArgumentError
+from normscope.norms.affine import folded, scale_shift
 from normscope.norms.area import Batch, Instance
-from normscope.norms.average import LOCAL, rows
+from normscope.norms.average import LOCAL
 from normscope.norms.layer import Normalization
 from normscope.norms.operation import safe_sqrt
-from normscope.norms.part import positive
+from normscope.norms.part import Traits, positive
+from normscope.norms.population import keep, track, valid_momentum
 from normscope.norms.recovery import Affine
 
 
@@ -46,17 +48,53 @@ class ChannelNorm(Normalization):
         count = self.average.count(z)
         return var * (count / (count - 1))
 
-    def standardized(self, z: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """Return (z - mean) / sqrt(var + eps)."""
-        return (z - rows(mean, z)) * rows((var + self.eps).rsqrt(), z)
+    def normalized(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """Return weight (x - mean) / sqrt(var + eps) + bias in one pass, mean and variance `(1, C)` or `(N, C)`."""
+        factor = (var + self.eps).rsqrt()
+        return self.mapped(x, factor, -mean * factor)
 
-    def finish(self, z: Tensor, x: Tensor) -> Tensor:
-        """Undo `split`, scale and shift."""
-        return self.recover(Batch().merge(z, x), x)
+    def mapped(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        """Return weight (scale x + shift) + bias in one pass, scale and shift `(1, C)` or `(N, C)`."""
+        return scale_shift(x, *folded(scale, shift, self.weight, self.bias))
 
     def recover(self, y: Tensor, x: Tensor) -> Tensor:
         """Scale and shift."""
         return Affine(self.affine, self.affine).apply(self, y, x, 1, None)
+
+
+class RunningNorm(ChannelNorm):
+    """Base of those that also store mean and variance of the batch for evaluation.
+
+    Args:
+        num_features: number of channels.
+        eps: added before division.
+        momentum: weight of the newest batch, None for a plain average.
+        affine: weight and bias for each channel.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True) -> None:
+        """Register weight, bias and the stored statistics."""
+        super().__init__(num_features, eps, affine)
+        valid_momentum(momentum)
+        self.momentum = momentum
+        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
+
+    @property
+    def traits(self) -> Traits:
+        """Those of batch normalization."""
+        return Traits(crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True)
+
+    def stored(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the stored mean and variance `[1, C]`."""
+        return kept(self.running_mean, like).unsqueeze(0), kept(self.running_var, like).unsqueeze(0)
+
+    def batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and biased variance of the batch `[1, C]`, after storing them; in evaluation the stored ones."""
+        if not self.training:
+            return self.stored(self.split(x))
+        z, mean, var = self.moments(x)
+        track(self, self.momentum, mean=mean, var=self.bessel(var, z))
+        return mean, var
 
 
 def enough(samples: int, x: Tensor, needed: int = 2) -> None:
@@ -75,6 +113,11 @@ def enough(samples: int, x: Tensor, needed: int = 2) -> None:
             f"x of shape {tuple(x.shape)} gives {samples} samples to each statistic, which needs {needed}; "
             "use a larger input, or evaluation mode."
         )
+
+
+def unbiased(var: Tensor, samples: int) -> Tensor:
+    """Return the unbiased variance for a biased one of a number of samples."""
+    return var * (samples / (samples - 1))
 
 
 def instances(x: Tensor, num_features: int) -> Tensor:

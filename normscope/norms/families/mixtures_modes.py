@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
-from normscope.norms.average import rows
-from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept
+from normscope.norms.affine import scale_shift
+from normscope.norms.area import Batch
+from normscope.norms.average import LOCAL
+from normscope.norms.families.mixtures_base import ChannelNorm, RunningNorm, enough, instances, kept
 from normscope.norms.layer import in_float
 from normscope.norms.part import Traits
 from normscope.norms.population import keep, track, valid_momentum
@@ -64,13 +66,12 @@ class ModeNorm(ChannelNorm):
         gates = self.gate(z.mean(2)).softmax(1)
         mean, var = self._measure(z, gates, x) if self.training else self._stored(z)
         factor = (var + self.eps).rsqrt()
-        scale, shift = gates @ factor, gates @ (mean * factor)
-        return self.recover((z * scale.unsqueeze(2) - shift.unsqueeze(2)).reshape(x.shape), x)
+        return self.mapped(x, gates @ factor, -gates @ (mean * factor))
 
     def _measure(self, z: Tensor, gates: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance `(K, C)` and store them."""
         enough(z.shape[0] * z.shape[2], x)
-        var, mean = torch.var_mean(z, 2, correction=0)
+        mean, var = LOCAL.moments(z)
         weights = gates.mT.unsqueeze(1)
         share = self.average.mean(gates.mT.unsqueeze(0)).mT.clamp_min(torch.finfo(z.dtype).tiny)
         whole = self.average.mean(weights * mean.mT) / share
@@ -143,7 +144,7 @@ class MixtureNorm(ChannelNorm):
         factor = (var + self.eps).rsqrt()
         weights = posterior * share.detach().clamp_min(torch.finfo(z.dtype).eps).rsqrt().unsqueeze(1)
         y = points * (factor.mT @ weights) - (mean * factor).mT @ weights
-        return self.finish(y.reshape(z.shape), x)
+        return self.recover(Batch().merge(y.reshape(z.shape), x), x)
 
     def _weighted(self, points: Tensor, posterior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return share `(K,)`, mean and variance `(K, C)` of points `(C, M)` with posteriors `(K, M)`."""
@@ -178,7 +179,7 @@ class MixtureNorm(ChannelNorm):
         return (log.unsqueeze(1) - 0.5 * distance).softmax(0).detach()
 
 
-class ExemplarNorm(ChannelNorm):
+class ExemplarNorm(RunningNorm):
     """Exemplar normalization: instance, layer and batch normalization, weighted for each example by what it looks like.
 
     y = sum_k a_k (weight_k (x - mean_k) / sqrt(var_k + eps) + bias_k), a softmax of a linear map of the correlations
@@ -201,19 +202,12 @@ class ExemplarNorm(ChannelNorm):
         affine: bool = True,
     ) -> None:
         """Register parameters and the stored batch statistics."""
-        super().__init__(num_features, eps, affine)
-        valid_momentum(momentum)
-        self.reduction, self.momentum = reduction, momentum
+        super().__init__(num_features, eps, momentum, affine)
+        self.reduction = reduction
         self.weight = nn.Parameter(torch.ones(3, num_features)) if affine else None
         self.bias = nn.Parameter(torch.zeros(3, num_features)) if affine else None
         hidden = max(num_features // reduction, 2)
         self.key, self.ratio = nn.Linear(num_features, hidden), nn.Linear(9, 3)
-        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
-
-    @property
-    def traits(self) -> Traits:
-        """Those of its three normalizers."""
-        return Traits(crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True)
 
     @in_float
     def forward(self, x: Tensor) -> Tensor:
@@ -226,20 +220,15 @@ class ExemplarNorm(ChannelNorm):
         scale = part.unsqueeze(2) * factor * (1 if self.weight is None else self.weight)
         shift = -(scale * mean).sum(1)
         shift = shift if self.bias is None else shift + part @ self.bias
-        y: Tensor = z * scale.sum(1).unsqueeze(2) + shift.unsqueeze(2)
-        return y.reshape(x.shape)
+        return scale_shift(x, scale.sum(1), shift)
 
     def _moments(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance of instance, layer and batch `(N, 3, C)`."""
-        var, mean = torch.var_mean(z, 2, correction=0)
-        whole_var, whole = torch.var_mean(z, (1, 2), correction=0)
-        if self.training:
-            b, batch, batch_var = self.moments(x)
-            track(self, self.momentum, mean=batch, var=self.bessel(batch_var, b))
-        else:
-            batch, batch_var = kept(self.running_mean, z), kept(self.running_var, z)
-        means = [mean, whole.unsqueeze(1).expand_as(mean), batch.expand_as(mean)]
-        variances = [var, whole_var.unsqueeze(1).expand_as(var), batch_var.expand_as(var)]
+        mean, var = LOCAL.moments(z)
+        whole, whole_var = LOCAL.moments(z.unsqueeze(1))
+        batch, batch_var = self.batch(x)
+        means = [mean, whole.expand_as(mean), batch.expand_as(mean)]
+        variances = [var, whole_var.expand_as(var), batch_var.expand_as(var)]
         return torch.stack(means, 1), torch.stack(variances, 1)
 
 
@@ -287,15 +276,14 @@ class DynamicNorm(ChannelNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(N, C, *)`."""
         z = instances(x, self.num_features)
-        var, mean = torch.var_mean(z, 2, correction=0)
+        mean, var = LOCAL.moments(z)
         square = var + mean.square()
         share = _step(self.batch_gate)
         whole = self._batch(mean, square, z, x)
         sharing = self.sharing()
         mean = (share * whole[0] + (1 - share) * mean) @ sharing
         square = (share * whole[1] + (1 - share) * square) @ sharing
-        factor = ((square - mean.square()).clamp_min(0) + self.eps).rsqrt()
-        return self.recover(((z - rows(mean, z)) * rows(factor, z)).reshape(x.shape), x)
+        return self.normalized(x, mean, (square - mean.square()).clamp_min(0))
 
     def sharing(self) -> Tensor:
         """Return U `(C, C)`, which averages over the channels that share statistics."""

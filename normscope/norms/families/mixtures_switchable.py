@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
 from normscope.norms.area import Batch
-from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept
+from normscope.norms.average import LOCAL
+from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept, unbiased
 from normscope.norms.layer import in_float
 from normscope.norms.part import Traits, require
 from normscope.norms.population import keep, track, valid_momentum
@@ -77,13 +78,13 @@ class SwitchableNorm(ChannelNorm):
         found = self._derived(z, x) if "instance" in self.kinds else self._direct(z, x)
         mean = sum(p * found[kind][0] for p, kind in zip(mean_part, self.kinds, strict=True))
         var = sum(p * found[kind][1] for p, kind in zip(var_part, self.kinds, strict=True))
-        y = (z - torch.as_tensor(mean).unsqueeze(2)) * (torch.as_tensor(var) + self.eps).rsqrt().unsqueeze(2)
-        return self.recover(y.reshape(x.shape), x)
+        return self.normalized(x, torch.as_tensor(mean), torch.as_tensor(var))
 
     def _derived(self, z: Tensor, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Return mean and variance by kind, all from those of the instances."""
         enough(z.shape[2], x)
-        var, mean = torch.var_mean(z, 2)
+        mean, biased = LOCAL.moments(z)
+        var = unbiased(biased, z.shape[2])
         square = var + mean.square()
         found = {"instance": (mean, var)}
         if "layer" in self.kinds:
@@ -98,8 +99,8 @@ class SwitchableNorm(ChannelNorm):
     def _direct(self, z: Tensor, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Return mean and unbiased variance of layer and batch."""
         enough(x[0].numel() if len(x) else 2, x)
-        var, mean = torch.var_mean(z, (1, 2), keepdim=True)
-        found = {"layer": (mean.squeeze(2), var.squeeze(2))}
+        mean, biased = LOCAL.moments(z.unsqueeze(1))
+        found = {"layer": (mean, unbiased(biased, z[0].numel()))}
         if self.training:
             b = Batch().split(x)
             enough(b.shape[2:].numel(), x)

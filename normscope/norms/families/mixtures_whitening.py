@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from normscope.norms import roots
-from normscope.norms.average import rows
-from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept
+from normscope.norms.average import LOCAL, rows
+from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept, unbiased
 from normscope.norms.layer import in_float
 from normscope.norms.part import Traits, divide, require
 from normscope.norms.population import keep, track, valid_momentum
@@ -97,9 +97,9 @@ class SwitchableWhitening(ChannelNorm):
         covariance = centered @ centered.mT / z.shape[3]
         batch = self._batch(z, x)
         enough(z.shape[1:].numel(), x)
-        layer_var, layer = torch.var_mean(z, (1, 2, 3))
+        layer, biased = LOCAL.moments(z.flatten(1, 2).unsqueeze(1))
         eye = torch.eye(z.shape[2]).to(z)
-        layer_moments = layer.reshape(-1, 1, 1), layer_var.reshape(-1, 1, 1, 1) * eye
+        layer_moments = layer.reshape(-1, 1, 1), unbiased(biased, z[0].numel()).reshape(-1, 1, 1, 1) * eye
         return (
             batch,
             (mean, covariance),

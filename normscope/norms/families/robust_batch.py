@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
-from normscope.norms.average import rows
-from normscope.norms.families.mixtures_base import ChannelNorm, deviation, kept
+from normscope.norms.families.mixtures_base import ChannelNorm, RunningNorm, deviation, kept
 from normscope.norms.layer import in_float
 from normscope.norms.operation import safe_sqrt
 from normscope.norms.part import Traits
 from normscope.norms.population import keep, track, valid_momentum
 
 
-class BlendedNorm(ChannelNorm):
+class BlendedNorm(RunningNorm):
     """Batch normalization by moving averages in training too: mean_t = (1 - a_t) mean_(t-1) + a_t mean_batch.
 
     y = weight (x - mean_t) / sqrt(var_t + eps) + bias, the same for the variance. The gradient flows through the share
@@ -41,10 +40,8 @@ class BlendedNorm(ChannelNorm):
         affine: bool = True,
     ) -> None:
         """Register weight, bias and the averages."""
-        super().__init__(num_features, eps, affine)
-        valid_momentum(momentum)
-        self.momentum, self.power, self.composed = momentum, power, composed
-        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
+        super().__init__(num_features, eps, momentum, affine)
+        self.power, self.composed = power, composed
 
     @property
     def traits(self) -> Traits:
@@ -69,21 +66,16 @@ class BlendedNorm(ChannelNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(N, C, *)`."""
         if not self.training:
-            z = self.split(x)
-            return self.finish(self.standardized(z, self.stored("mean", z), self.stored("var", z)), x)
+            return self.normalized(x, *self.stored(self.split(x)))
         z, mean, var = self.moments(x)
         examples = int(self.average.count(z)) // z.shape[3]
         rate = self.rate(int(self.num_batches_tracked) + 1, examples)
-        mean, var = self._blend("mean", mean, rate), self._blend("var", var, rate)
+        mean, var = (self._blend(*pair, rate) for pair in zip(self.stored(z), (mean, var), strict=True))
         track(self, 1.0, mean=mean, var=var)
-        return self.finish(self.standardized(z, mean, var), x)
+        return self.normalized(x, mean, var)
 
-    def stored(self, name: str, z: Tensor) -> Tensor:
-        """Return a stored average `[1, C]`."""
-        return kept(getattr(self, f"running_{name}"), z).unsqueeze(0)
-
-    def _blend(self, name: str, new: Tensor, rate: float) -> Tensor:
-        blended = torch.lerp(self.stored(name, new), new, rate)
+    def _blend(self, old: Tensor, new: Tensor, rate: float) -> Tensor:
+        blended = torch.lerp(old, new, rate)
         return blended.detach() + new - new.detach() if self.composed else blended
 
 
@@ -184,12 +176,12 @@ class BatchRenorm(ChannelNorm):
         if not self.training:
             z = self.split(x)
             mean, std = (kept(b, z).unsqueeze(0) for b in (self.running_mean, self.running_std))
-            return self.finish((z - rows(mean, z)) / rows(std, z), x)
-        z, mean, var = self.moments(x)
+            return self.mapped(x, std.reciprocal(), -mean / std)
+        _, mean, var = self.moments(x)
         std = deviation(var, self.eps)
         r, d = self._corrections(mean.detach(), std.detach())
         track(self, self.momentum, mean=mean, std=std)
-        return self.finish((z - rows(mean, z)) * rows(r / std, z) + rows(d, z), x)
+        return self.mapped(x, r / std, d - mean * r / std)
 
     def _corrections(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         r_limit, d_limit = self.limits()
@@ -198,7 +190,7 @@ class BatchRenorm(ChannelNorm):
         return r, ((mean - stored_mean) / stored).clamp(-d_limit, d_limit)
 
 
-class KalmanNorm(ChannelNorm):
+class KalmanNorm(RunningNorm):
     """Kalman normalization: batch moments are filtered with a prediction from the moments of the layer before.
 
     mean = p mean_pre + (1 - p) mean_batch, var = p var_pre + (1 - p) var_batch + p (1 - p) (mean_batch - mean_pre)^2;
@@ -226,12 +218,10 @@ class KalmanNorm(ChannelNorm):
         Raises:
             ArgumentError: p is not in [0, 1].
         """
-        super().__init__(num_features, eps, affine)
-        valid_momentum(momentum)
+        super().__init__(num_features, eps, momentum, affine)
         if not 0 <= p <= 1:
             raise ArgumentError(f"p={p!r} must be between 0 and 1: it is the weight of the prediction; try 0.05.")
-        self.p, self.momentum = p, momentum
-        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
+        self.p = p
 
     @property
     def traits(self) -> Traits:
@@ -250,14 +240,10 @@ class KalmanNorm(ChannelNorm):
             A tensor of the shape of x.
         """
         if not self.training:
-            z = self.split(x)
-            return self.finish(
-                self.standardized(z, kept(self.running_mean, z)[None], kept(self.running_var, z)[None]), x
-            )
-        z = self.split(x)
+            return self.normalized(x, *self.stored(self.split(x)))
         mean, var = self.filtered(x, prediction)
         track(self, self.momentum, mean=mean, var=var)
-        return self.finish(self.standardized(z, mean, var), x)
+        return self.normalized(x, mean, var)
 
     def filtered(self, x: Tensor, prediction: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the filtered mean and variance `[1, C]`; nothing is stored."""
@@ -300,7 +286,7 @@ def predicted(
     return torch.stack([out.mean(dims), out.var(dims, correction=0)])
 
 
-class StochasticNorm(ChannelNorm):
+class StochasticNorm(RunningNorm):
     """Stochastic normalization: each channel is normalized by the batch or, with probability p, by stored statistics.
 
     y = weight (s BN_batch(x) + (1 - s) BN_stored(x)) + bias, s drawn for each channel and step; what is stored counts
@@ -327,12 +313,10 @@ class StochasticNorm(ChannelNorm):
         Raises:
             ArgumentError: p is no probability.
         """
-        super().__init__(num_features, eps, affine)
-        valid_momentum(momentum)
+        super().__init__(num_features, eps, momentum, affine)
         if not 0 <= p <= 1:
             raise ArgumentError(f"p={p!r} must be between 0 and 1: the probability of the stored statistics; try 0.5.")
-        self.p, self.momentum = p, momentum
-        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
+        self.p = p
 
     @property
     def traits(self) -> Traits:
@@ -350,20 +334,17 @@ class StochasticNorm(ChannelNorm):
         Returns:
             A tensor of the shape of x.
         """
-        z = self.split(x)
-        mean, var = (kept(b, z).clone().unsqueeze(0) for b in (self.running_mean, self.running_var))
-        stored = self.standardized(z, mean, var)
+        past = tuple(value.clone() for value in self.stored(self.split(x)))
         if not self.training:
-            return self.finish(stored, x)
-        z, mean, var = self.moments(x)
-        track(self, self.momentum, mean=mean, var=self.bessel(var, z))
+            return self.normalized(x, *past)
+        now = self.batch(x)
         if selection is None:
             selection = torch.rand(self.num_features, device=x.device) >= self.p
-        s = rows(selection.to(z).unsqueeze(0), z)
-        return self.finish(s * self.standardized(z, mean, var) + (1 - s) * stored, x)
+        mean, var = (torch.where(selection.bool(), new, old) for new, old in zip(now, past, strict=True))
+        return self.normalized(x, mean, var)
 
 
-class NoiseAwareNorm(ChannelNorm):
+class NoiseAwareNorm(RunningNorm):
     """Noise-aware batch normalization: the stored variance is that of inputs with the noise of the hardware added.
 
     The stored variance is the batch's plus noise^2 E[x^2], what independent noise of relative strength `noise` adds on
@@ -390,26 +371,17 @@ class NoiseAwareNorm(ChannelNorm):
         Raises:
             ArgumentError: the noise is negative.
         """
-        super().__init__(num_features, eps, affine)
-        valid_momentum(momentum)
+        super().__init__(num_features, eps, momentum, affine)
         if not noise >= 0:
             raise ArgumentError(f"noise={noise!r} must be at least 0, relative to the input's rms; try 0.1.")
-        self.noise, self.momentum = noise, momentum
-        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
-
-    @property
-    def traits(self) -> Traits:
-        """Those of batch normalization."""
-        return Traits(crosses_batch=True, stateful=True, shift_invariant=True, scale_invariant=True)
+        self.noise = noise
 
     @in_float
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(N, C, *)`."""
         if not self.training:
-            z = self.split(x)
-            mean, var = (kept(b, z).unsqueeze(0) for b in (self.running_mean, self.running_var))
-            return self.finish(self.standardized(z, mean, var), x)
+            return self.normalized(x, *self.stored(self.split(x)))
         z, mean, var = self.moments(x)
         added = self.noise**2 * (var + mean.square())
         track(self, self.momentum, mean=mean, var=self.bessel(var, z) + added)
-        return self.finish(self.standardized(z, mean, var), x)
+        return self.normalized(x, mean, var)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from normscope.core.errors import ArgumentError
+from normscope.norms.affine import scale_shift
 from normscope.norms.area import Batch
-from normscope.norms.average import Average, rows
+from normscope.norms.average import LOCAL, Average, rows
 from normscope.norms.families.mixtures_base import ChannelNorm, kept
 from normscope.norms.layer import in_float
 from normscope.norms.part import Traits, divide, require
@@ -70,8 +71,8 @@ class OnlineNorm(ChannelNorm):
             controls = (self.control_mean, self.control_var)
             y: Tensor = _online(z, mean, (var + self.eps).rsqrt(), 1 - self.backward_decay, *controls)
         else:
-            factor = (kept(self.running_var, z) + self.eps).rsqrt()
-            y = (z - kept(self.running_mean, z).unsqueeze(1)) * factor.unsqueeze(1)
+            factor = (kept(self.running_var, z) + self.eps).rsqrt().unsqueeze(0)
+            y = scale_shift(x, factor, -kept(self.running_mean, z) * factor)
         return self._guarded(self.recover(y.reshape(x.shape), x))
 
     def _guarded(self, y: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class OnlineNorm(ChannelNorm):
     @torch.no_grad()
     def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance before each example `(N, C)` and store those after the last."""
-        own_var, own = torch.var_mean(z, 2, correction=0)
+        own, own_var = LOCAL.moments(z)
         a = self.forward_decay
         mean, var = kept(self.running_mean, z).clone(), kept(self.running_var, z).clone()
         means, variances = [], []
@@ -193,7 +194,7 @@ class MovingAverageNorm(ChannelNorm):
         z = self.split(x)
         stored = kept(self.running_var, z)
         if not self.training:
-            return self.finish(z * rows((stored + self.eps).rsqrt().unsqueeze(0), z), x)
+            return self.mapped(x, (stored + self.eps).rsqrt().unsqueeze(0), None)
         square = self.average.mean(z.detach().square()).squeeze(0)
         step = int(self.num_batches_tracked) + 1
         averaged = step > self.batches and step >= self.warmup
@@ -204,7 +205,7 @@ class MovingAverageNorm(ChannelNorm):
         memory = (self.buffer_product, step % self.batches, averaged)
         y: Tensor = _moving(z, (square + self.eps).rsqrt().unsqueeze(0), memory, self.average)
         track(self, self.momentum, var=square)
-        return self.finish(y * rows(r.unsqueeze(0), z), x)
+        return self.mapped(Batch().merge(y, x), r.unsqueeze(0), None)
 
 
 class _Moving(torch.autograd.Function):

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from normscope.core.errors import ArgumentError
-from normscope.norms.average import rows
-from normscope.norms.families.mixtures_base import ChannelNorm, deviation, kept
+from normscope.norms.families.mixtures_base import RunningNorm, deviation
 from normscope.norms.layer import in_float
 from normscope.norms.part import Traits, positive
-from normscope.norms.population import keep, track, valid_momentum
+from normscope.norms.population import track
 
 
-class MemorizedNorm(ChannelNorm):
+class MemorizedNorm(RunningNorm):
     """Memorized batch normalization: the moments of recent batches are averaged, with weights that fall with age.
 
     mean = sum_i w_i mean_i, E[x^2] likewise, w_i proportional to decay^i for the batch i steps ago; the gradient flows
@@ -40,12 +39,11 @@ class MemorizedNorm(ChannelNorm):
         Raises:
             ArgumentError: there is no memory.
         """
-        super().__init__(num_features, eps, affine)
+        super().__init__(num_features, eps, None, affine)
         positive(decay, "decay", "no batch would have a weight")
         if memory < 1:
             raise ArgumentError(f"memory={memory!r} must be at least 1, the batch at hand; try 8.")
         self.memory, self.decay = memory, decay
-        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
         self.register_buffer("memory_mean", torch.zeros(memory, num_features))
         self.register_buffer("memory_square", torch.ones(memory, num_features))
 
@@ -66,17 +64,15 @@ class MemorizedNorm(ChannelNorm):
             A tensor of the shape of x.
         """
         if not self.training:
-            z = self.split(x)
-            mean, var = (kept(b, z).unsqueeze(0) for b in (self.running_mean, self.running_var))
-            return self.finish(self.standardized(z, mean, var), x)
-        z, mean, var = self.moments(x)
+            return self.normalized(x, *self.stored(self.split(x)))
+        _, mean, var = self.moments(x)
         square = var + mean.square()
         self._remember(mean, square, again)
         mean, square = self._average(self.memory_mean, mean), self._average(self.memory_square, square)
         var = (square - mean.square()).clamp_min(0)
         self.running_mean.copy_(mean.detach().squeeze(0))
         self.running_var.copy_(var.detach().squeeze(0))
-        return self.finish(self.standardized(z, mean, var), x)
+        return self.normalized(x, mean, var)
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, square: Tensor, again: bool) -> None:
@@ -96,7 +92,7 @@ class MemorizedNorm(ChannelNorm):
         return weights[0] * newest + past
 
 
-class CrossIterationNorm(ChannelNorm):
+class CrossIterationNorm(RunningNorm):
     """Cross-iteration batch normalization: past statistics are carried over to the present weights by a Taylor step.
 
     mean_tau(w_t) = mean_tau + rho <d mean_tau / dw, w_t - w_tau> for each filter, E[x^2] likewise; where the variance
@@ -128,13 +124,11 @@ class CrossIterationNorm(ChannelNorm):
         Raises:
             ArgumentError: memory is negative.
         """
-        super().__init__(num_features, eps, affine)
-        valid_momentum(momentum)
+        super().__init__(num_features, eps, momentum, affine)
         if memory < 0:
             raise ArgumentError(f"memory={memory!r} must be at least 0; the method uses 3 after 8 epochs of 0.")
-        self.memory, self.rho, self.inside, self.momentum = memory, rho, inside, momentum
+        self.memory, self.rho, self.inside = memory, rho, inside
         self._past: list[tuple[Tensor, ...]] = []
-        keep(self, mean=torch.zeros(num_features), var=torch.ones(num_features))
 
     @property
     def traits(self) -> Traits:
@@ -153,21 +147,20 @@ class CrossIterationNorm(ChannelNorm):
             A tensor of the shape of x.
         """
         if not self.training:
-            z = self.split(x)
-            mean, var = (kept(b, z).unsqueeze(0) for b in (self.running_mean, self.running_var))
-            return self.finish((z - rows(mean, z)) * rows(self._inverse(var), z), x)
+            return self._divided(x, *self.stored(self.split(x)))
         z, mean, var = self.moments(x)
         unbiased = self.bessel(var, z)
         track(self, self.momentum, mean=mean, var=unbiased)
         if self.memory == 0:
-            return self.finish((z - rows(mean, z)) * rows(self._inverse(unbiased), z), x)
+            return self._divided(x, mean, unbiased)
         now = (mean, var + mean.square())
         mean, var = self._average(now, weight)
         self._remember(now, weight)
-        return self.finish((z - rows(mean, z)) * rows(self._inverse(var), z), x)
+        return self._divided(x, mean, var)
 
-    def _inverse(self, var: Tensor) -> Tensor:
-        return (var + self.eps).rsqrt() if self.inside else deviation(var, self.eps).reciprocal()
+    def _divided(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        factor = (var + self.eps).rsqrt() if self.inside else deviation(var, self.eps).reciprocal()
+        return self.mapped(x, factor, -mean * factor)
 
     def _average(self, now: tuple[Tensor, Tensor], weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return mean and variance `[1, C]` over the present and what is valid of the past."""
