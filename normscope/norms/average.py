@@ -13,8 +13,8 @@ from torch.autograd import forward_ad
 
 from normscope.core.errors import ArgumentError
 
-# what torch's kernel takes without loss, and the shortest line of samples for which it is worth a call
-_LINED, _LINE = (torch.float32, torch.float64), 16
+# the shortest line of samples for which a kernel over lines is worth a call
+_LINE = 16
 
 
 def samples(z: Tensor) -> tuple[int, ...]:
@@ -50,6 +50,13 @@ class Average:
         mean = z.mean(samples(z))
         return mean, (z - rows(mean, z)).square().mean(samples(z))
 
+    def square(self, z: Tensor) -> Tensor:
+        """Return the mean square `[areas, features]`."""
+        if not by_hand(z):
+            return self.mean(z.square())
+        mean, var = self.moments(z)
+        return var + mean.square()
+
     def products(self, z: Tensor) -> Tensor:
         """Average the products of the features: `[areas, features, features]`, from one Gram matrix per example."""
         z = z.flatten(2) if z.is_contiguous() else z
@@ -77,17 +84,21 @@ def by_hand(z: Tensor) -> bool:
     return unpack(z).tangent is None
 
 
+def lined(z: Tensor) -> bool:
+    """Tell whether torch's kernels for group normalization take a tensor in full precision."""
+    return z.device.type == "cpu" and z.dtype in {torch.float32, torch.float64} and z.numel() > 0
+
+
 def _in_lines(z: Tensor) -> tuple[Tensor, list[int], int] | None:
     """Return z in the order of memory, the axes in that order, and how many of them come before a line of samples.
 
     None where the samples of a row are not in memory in lines long enough to pay.
     """
     order = sorted(range(z.ndim), key=z.stride, reverse=True)
-    lined = z.permute(order)
+    ordered = z.permute(order)
     first = max(place for place, axis in enumerate(order) if axis < 2) + 1
-    if z.device.type != "cpu" or z.dtype not in _LINED or not lined.is_contiguous() or not z.numel():
-        return None
-    return (lined, order, first) if lined.shape[first:].numel() >= _LINE else None
+    fits = lined(z) and ordered.is_contiguous() and ordered.shape[first:].numel() >= _LINE
+    return (ordered, order, first) if fits else None
 
 
 def _of_lines(z: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -97,14 +108,14 @@ def _of_lines(z: Tensor) -> tuple[Tensor, Tensor] | None:
     """
     if (found := _in_lines(z)) is None:
         return None
-    lined, order, first = found
-    lines, length = lined.shape[:first].numel(), lined.shape[first:].numel()
+    ordered, order, first = found
+    lines, length = ordered.shape[:first].numel(), ordered.shape[first:].numel()
     _, mean, inverse = torch.native_group_norm(
-        lined.reshape(1, lines, length), None, None, 1, lines, length, lines, 0.0
+        ordered.reshape(1, lines, length), None, None, 1, lines, length, lines, 0.0
     )
     back = [order[:first].index(axis) for axis in sorted(order[:first])]
     mean, var = (
-        v.reshape(lined.shape[:first]).permute(back).reshape(*z.shape[:2], -1)
+        v.reshape(ordered.shape[:first]).permute(back).reshape(*z.shape[:2], -1)
         for v in (mean, inverse.square().reciprocal())
     )
     center = mean.mean(2)
@@ -178,6 +189,10 @@ class Across(Average):
         """Return mean and biased variance about the mean of all ranks."""
         mean = self.mean(z)
         return mean, self.mean((z - rows(mean, z)).square())
+
+    def square(self, z: Tensor) -> Tensor:
+        """Return the mean square over all ranks."""
+        return self.mean(z.square())
 
     def largest(self, z: Tensor, k: int) -> Tensor:
         """Return the k largest samples of each row among all ranks."""

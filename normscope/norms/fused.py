@@ -35,7 +35,8 @@ def kernel(area: Area, operation: Operation, recovery: Recovery, population: Pop
         return _standardizing(area, population, shaped)
     scaled = plain and not (type(recovery) is Affine and recovery.shift) and type(population) is Current
     if type(operation) is RMS and operation.inside and operation.fraction == 1:
-        return _rms_norm if scaled and type(area) in {Layer, Position} else None
+        tokens = type(area) is Position or (type(area) is Layer and area.channels != "first")
+        return _rms_norm if scaled and tokens else None
     return None
 
 

@@ -238,7 +238,7 @@ class RMS(Operation):
         if self.fraction < 1:
             z = z.flatten(2)
             z = z[..., : max(int(z.shape[-1] * self.fraction), 1)]
-        return {"square": average.mean(z.square())}
+        return {"square": average.square(z)}
 
     def coefficients(self, stats: Stats) -> tuple[Tensor | None, Tensor | None] | None:
         """Return a = 1 / root of the mean square, b = 0."""

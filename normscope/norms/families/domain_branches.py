@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
 from normscope.norms.affine import folded, scale_shift
-from normscope.norms.area import Batch, Instance
-from normscope.norms.average import LOCAL, Average
+from normscope.norms.area import Batch
+from normscope.norms.average import LOCAL
+from normscope.norms.families.branches import by_branch, present
 from normscope.norms.families.mixtures_base import ChannelNorm, RunningNorm, enough, instances, kept
 from normscope.norms.layer import Norm, Normalization, in_float
 from normscope.norms.operation import Standardize
@@ -41,13 +42,6 @@ def members(domain: Tensor | int | None, count: int, domains: int, default: int 
     if int(labels.min()) < 0 or int(labels.max()) >= domains:
         raise ArgumentError(f"domain={labels.tolist()} must be from 0 to {domains - 1}; build with more domains.")
     return labels.expand(count)
-
-
-def present(chosen: Tensor, x: Tensor, average: Average, training: bool) -> bool:
-    """Tell whether a domain has examples, in training on any rank."""
-    if average is LOCAL or not training:
-        return chosen.numel() > 0
-    return float(average.count(Instance().split(x[chosen]).movedim(0, -1).unsqueeze(0))) > 0
 
 
 class DomainNorm(Normalization):
@@ -98,12 +92,7 @@ class DomainNorm(Normalization):
             A tensor of the shape of x.
         """
         labels = members(domain, x.shape[0], self.domains, self.default).to(x.device)
-        y = torch.zeros_like(x)
-        for place, branch in enumerate(self.branches):
-            chosen = (labels == place).nonzero().squeeze(1)
-            if present(chosen, x, self.average, self.training):
-                y = y.index_copy(0, chosen, branch(x[chosen]))
-        return y
+        return by_branch(x, labels, list(self.branches), self.average, self.training)
 
 
 class SwitchableWidthNorm(Normalization):
@@ -211,17 +200,26 @@ class _DomainMoments(ChannelNorm):
         if not self.training:
             return mean, var
         stored_mean, stored_var = mean.clone(), var.clone()
+        each = LOCAL.moments(instances(x, self.num_features))
         for place in range(self.domains):
             chosen = (labels == place).nonzero().squeeze(1)
-            if not present(chosen, x, self.average, True):
+            if not present(each[0][chosen], self.average, True):
                 continue
-            z, own, spread = self.moments(x[chosen])
+            own, spread, count = self.part(each, chosen, x)
             index = torch.tensor([place], device=x.device)
             mean, var = mean.index_copy(0, index, own), var.index_copy(0, index, spread)
-            stored_mean[place], stored_var[place] = own.detach()[0], self.bessel(spread, z).detach()[0]
+            larger = spread * (count / (count - 1))
+            stored_mean[place], stored_var[place] = own.detach()[0], larger.detach()[0]
         with torch.no_grad():
             self._store(stored_mean, stored_var)
         return mean, var
+
+    def part(self, each: tuple[Tensor, Tensor], chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+        """Return mean and biased variance `[1, C]` of chosen examples, and the number of samples."""
+        length = x.shape[2:].numel()
+        enough(len(chosen) * length if self.average is LOCAL else 2, x)
+        mean, var = (value[chosen] for value in each)
+        return *self.pooled(mean, var), self.average.count(mean.mT.unsqueeze(0)) * length
 
     def _store(self, mean: Tensor, var: Tensor) -> None:
         # domains without examples come back as they are, which the average leaves there
@@ -276,13 +274,10 @@ class AutoDial(_DomainMoments):
         return self.normalized(x, mean[labels], var[labels])
 
     def _mixed(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        means, variances = [], []
-        sizes = []
-        for place in (0, 1):
-            z, mean, var = self.moments(x[labels == place])
-            means.append(mean)
-            variances.append(var)
-            sizes.append(torch.as_tensor(self.average.count(z)).to(x))
+        each = LOCAL.moments(instances(x, self.num_features))
+        found = [self.part(each, (labels == place).nonzero().squeeze(1), x) for place in (0, 1)]
+        means, variances, counts = zip(*found, strict=True)
+        sizes = [torch.as_tensor(count).to(x) for count in counts]
         a = self.alpha.clamp(0.5, 1)
         own, other = torch.cat(means), torch.cat(means[::-1])
         mean = a * own + (1 - a) * other

@@ -64,12 +64,15 @@ class TransferableNorm(ChannelNorm):
             raise ArgumentError(
                 f"x of shape {tuple(x.shape)} has too few samples for halves: the batch must be even, the source first."
             )
-        parts = [self.moments(half) for half in x.chunk(2)]
-        mean = torch.cat([m for _, m, _ in parts])
-        var = torch.cat([self.bessel(v, z) for z, _, v in parts])
-        track(self, self.momentum, mean=mean, var=var)
-        own = (torch.cat([v.expand(len(x) // 2, -1) for v in found]) for found in list(zip(*parts, strict=True))[1:])
-        return self._weighted(self.normalized(x, *own), mean.detach(), var.detach())
+        z = self.split(x[: len(x) // 2])
+        enough(z.shape[2:].numel(), x)
+        halves = zip(*(v.chunk(2) for v in LOCAL.moments(instances(x, self.num_features))), strict=True)
+        found = [self.pooled(mean, var) for mean, var in halves]
+        mean, var = (torch.cat(values) for values in zip(*found, strict=True))
+        larger = self.bessel(var, z)
+        track(self, self.momentum, mean=mean, var=larger)
+        own = (value.repeat_interleave(len(x) // 2, 0) for value in (mean, var))
+        return self._weighted(self.normalized(x, *own), mean.detach(), larger.detach())
 
     def _weighted(self, y: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         source, target = mean * (var + self.eps).rsqrt()

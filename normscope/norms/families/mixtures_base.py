@@ -43,6 +43,11 @@ class ChannelNorm(Normalization):
         enough(z.shape[2:].numel() if self.average is LOCAL else needed, x, needed)
         return (z, *self.average.moments(z))
 
+    def pooled(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and biased variance `[1, C]` of examples together, from those of each `(n, C)`."""
+        center = self.average.mean(mean.mT.unsqueeze(0))
+        return center, self.average.mean((var + (mean - center).square()).mT.unsqueeze(0))
+
     def bessel(self, var: Tensor, z: Tensor) -> Tensor:
         """Return the unbiased variance for a biased one."""
         count = self.average.count(z)

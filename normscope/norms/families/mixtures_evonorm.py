@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept
+from normscope.norms.affine import row_sums, scale_shift
+from normscope.norms.average import LOCAL, by_hand
+from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept, unbiased
 from normscope.norms.layer import in_float
 from normscope.norms.operation import safe_sqrt
 from normscope.norms.part import Traits, divide, require
@@ -76,30 +79,75 @@ class EvoNorm(ChannelNorm):
         return self.recover(y.reshape(x.shape), x)
 
     def _batch_kind(self, z: Tensor, x: Tensor) -> Tensor:
-        left = (self._batch_variance(x, z) + self.eps).sqrt().reshape(1, -1, 1)
+        low = (self._batch_variance(x, z) + self.eps).sqrt().expand(len(z), -1)
         if self.v is not None:
             enough(z.shape[2], x, 2 if self.unbiased else 1)
-            var = z.var(2, correction=int(self.unbiased), keepdim=True)
-            right = self.v.unsqueeze(1) * z + (var + self.eps).sqrt()
-        else:
-            rms = (z.square().mean(2, keepdim=True) + self.eps).sqrt()
-            right = (z + 1) * rms if self.kind == "b1" else rms - z
-        return z / torch.maximum(left, right)
+            offset = (self._variance(z) + self.eps).sqrt()
+            return _ratio(z, low, self.v.expand_as(low), offset)
+        rms = (LOCAL.square(z) + self.eps).sqrt()
+        return _ratio(z, low, rms if self.kind == "b1" else -torch.ones_like(rms), rms)
+
+    def _variance(self, z: Tensor) -> Tensor:
+        _, var = LOCAL.moments(z)
+        return unbiased(var, z.shape[2]) if self.unbiased else var
 
     def _batch_variance(self, x: Tensor, z: Tensor) -> Tensor:
         if not self.training:
             return kept(self.running_var, z)
         b, _, var = self.moments(x)
-        unbiased = self.bessel(var, b)
-        track(self, self.momentum, var=unbiased)
-        return unbiased if self.unbiased else var
+        larger = self.bessel(var, b)
+        track(self, self.momentum, var=larger)
+        return larger if self.unbiased else var
 
     def _sample_kind(self, z: Tensor, x: Tensor) -> Tensor:
         g = z.reshape(z.shape[0], self.groups, -1)
         if self.kind == "s2":
-            scale = (g.square().mean(2, keepdim=True) + self.eps).sqrt()
+            scale = (LOCAL.square(g) + self.eps).sqrt()
         else:
             enough(g.shape[2], x)
-            scale = safe_sqrt(g.var(2, correction=int(self.unbiased), keepdim=True) + self.eps)
+            scale = safe_sqrt(self._variance(g) + self.eps)
         active = F.silu(z) if self.v is None else z * torch.sigmoid(self.v.unsqueeze(1) * z)
-        return active.reshape(g.shape) / scale
+        return scale_shift(active.reshape(g.shape), scale.reciprocal(), None)
+
+
+def _divided(x: Tensor, low: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """Return x / max(low, slope x + offset) by operations that autograd differentiates any number of times."""
+    low, slope, offset = (v.unsqueeze(-1) for v in (low, slope, offset))
+    return x / torch.maximum(low, torch.addcmul(offset, x, slope))
+
+
+def _ratio(x: Tensor, low: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """Return x / max(low, slope x + offset) for x `[N, C, L]` and values `[N, C]`."""
+    return (_by_hand if by_hand(x) else _divided)(x, low, slope, offset)
+
+
+class _Ratio(torch.autograd.Function):
+    """The same with a gradient that takes its sums over rows in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+        divisor = torch.addcmul(offset.unsqueeze(-1), x, slope.unsqueeze(-1))
+        torch.maximum(divisor, low.unsqueeze(-1), out=divisor)
+        y = x / divisor
+        ctx.save_for_backward(x, low, slope, offset)
+        ctx.divisor, ctx.ratio = divisor, y.detach()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, slope, offset = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            given = [v for v in (x, low, slope, offset) if v.requires_grad]
+            y = _divided(x, low, slope, offset)
+            found = iter(torch.autograd.grad(y, given, grad, create_graph=True))
+            return tuple(next(found) if v.requires_grad else None for v in (x, low, slope, offset))
+        grad_x = grad / ctx.divisor
+        # the gradient of the divisor, then of its part that depends on x
+        change = (grad_x * ctx.ratio).neg_()
+        whole = change.sum(-1)
+        change.mul_(ctx.divisor > low.unsqueeze(-1))
+        products, sums = row_sums(change, x)
+        return grad_x.addcmul_(change, slope.unsqueeze(-1)), whole - sums, products, sums
+
+
+_by_hand: Callable[..., Tensor] = _Ratio.apply

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from normscope.core.errors import ArgumentError
 from normscope.norms.affine import scale_shift
 from normscope.norms.area import Instance, Layer
-from normscope.norms.families.recoveries_moments import mean_square
 from normscope.norms.layer import Norm, Normalization, in_float
 from normscope.norms.operation import RMS, Operation, Standardize, safe_sqrt
 from normscope.norms.part import Traits, positive, require
@@ -59,7 +58,7 @@ class FilterResponseNorm(Normalization):
     @in_float
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(N, C, *)`."""
-        square = mean_square(Instance().split(x))
+        square = self.average.square(Instance().split(x))
         offset = self.get_parameter("offset").abs() if self.learn_eps else self.eps
         scale = (square + offset).rsqrt() * (1 if self.weight is None else self.weight)
         shift = self.bias if self.bias is None else self.bias.unsqueeze(0)
@@ -103,7 +102,7 @@ class GlobalResponseNorm(Normalization):
         axis = self.area.axis(x, self.num_features)
         z = x if axis == 1 else x.movedim(-1, 1)
         z = Instance().split(z)
-        norms = safe_sqrt(mean_square(z) * z.shape[2])
+        norms = safe_sqrt(self.average.square(z) * z.shape[2])
         response = norms / (norms.mean(1, keepdim=True) + self.eps)
         return x * (1 + channels(self.weight * response, x, axis)) + channels(self.bias, x, axis)
 

@@ -84,7 +84,7 @@ class UnitLength(Operation):
 
     def measure(self, z: Tensor, average: Average = LOCAL) -> Stats:
         """Take the length of each row."""
-        return {"length": safe_sqrt(z.flatten(2).square().sum(2))}
+        return {"length": safe_sqrt(average.square(z) * z.shape[2:].numel())}
 
     def coefficients(self, stats: Stats) -> tuple[Tensor | None, Tensor | None]:
         """Return a = 1 / length, b = 0."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normscope.core.errors import ArgumentError
 from normscope.norms.affine import scale_shift
 from normscope.norms.area import Area, Batch, BatchGroup, Instance
+from normscope.norms.average import LOCAL
 from normscope.norms.layer import Norm, Normalization, in_float
 from normscope.norms.operation import Operation
 from normscope.norms.part import Stats, Traits, divide, positive
@@ -242,17 +243,26 @@ class EvalNorm(Normalization):
         track(self, self.momentum, mean=mean, var=var * (count / (count - 1)))
         inverse = (var + self.eps).rsqrt()
         y = scale_shift(x, inverse, -mean * inverse)
-        loss = (self.evaluated(x.detach()) - y.detach()).square().mean()
-        return self._recovered(_auxiliary(y, loss))
+        return self._recovered(_auxiliary(y, self._loss(x.detach(), inverse.detach(), -(mean * inverse).detach())))
+
+    def _loss(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Return the mean square of the difference to scale x + shift, from the moments of x."""
+        own_mean, own_var = LOCAL.moments(Instance().split(x))
+        factor, offset = self._map(own_mean, own_var)
+        slope, rest = factor - scale, offset - shift
+        return (slope.square() * own_var + (slope * own_mean + rest).square()).mean()
 
     def evaluated(self, x: Tensor) -> Tensor:
         """Normalize by the mixed statistics, without weight and bias."""
-        own_mean, own_var = self.average.moments(Instance().split(x))
-        a, b = self.mean_mix.sigmoid().to(x.dtype), self.var_mix.sigmoid().to(x.dtype)
-        mean = a * own_mean + (1 - a) * self.running_mean.to(x.dtype).clone()
-        var = b * own_var + (1 - b) * self.running_var.to(x.dtype).clone()
+        return scale_shift(x, *self._map(*LOCAL.moments(Instance().split(x))))
+
+    def _map(self, own_mean: Tensor, own_var: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and shift `(N, C)` by the mixed statistics."""
+        a, b = self.mean_mix.sigmoid().to(own_mean.dtype), self.var_mix.sigmoid().to(own_mean.dtype)
+        mean = a * own_mean + (1 - a) * self.running_mean.to(own_mean.dtype).clone()
+        var = b * own_var + (1 - b) * self.running_var.to(own_mean.dtype).clone()
         inverse = (var + self.eps).rsqrt()
-        return scale_shift(x, inverse, -mean * inverse)
+        return inverse, -mean * inverse
 
     def _recovered(self, y: Tensor) -> Tensor:
         if self.weight is None or self.bias is None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from normscope.core.errors import ArgumentError
 from normscope.norms.area import Batch
+from normscope.norms.average import LOCAL, rows
 from normscope.norms.layer import Norm, Normalization, in_float
 from normscope.norms.operation import Standardize
 from normscope.norms.part import Traits, positive
@@ -21,8 +21,9 @@ from normscope.norms.recovery import Affine
 class PopulationLinear(Normalization):
     """Base of these layers: y = V U (x - c) + d over the channels, with U and c from statistics of earlier batches.
 
-    Training averages the mean and the covariance of the inputs into running_mean and running_covariance after each
-    batch; every `every` batches `refresh` makes them c and U and changes V and d so that the function stays the same.
+    Training averages the mean of the inputs into running_mean after each batch, and their covariance into
+    running_covariance where U needs it (`correlated`); every `every` batches `refresh` makes them c and U and changes
+    V and d so that the function stays the same.
 
     Args:
         num_features: number of channels of the input.
@@ -31,6 +32,7 @@ class PopulationLinear(Normalization):
         momentum: weight of the newest batch in the statistics.
     """
 
+    correlated: ClassVar[bool] = False
     center: Tensor
     transform: Tensor
     running_covariance: Tensor
@@ -62,16 +64,18 @@ class PopulationLinear(Normalization):
         self.weight, self.bias = start.weight, start.bias
         self.register_buffer("center", torch.zeros(num_features))
         self.register_buffer("transform", torch.eye(num_features)[: rank or num_features])
-        keep(self, mean=torch.zeros(num_features), covariance=torch.eye(num_features))
+        keep(self, mean=torch.zeros(num_features))
+        if self.correlated:
+            self.register_buffer("running_covariance", torch.eye(num_features))
 
     @property
     def traits(self) -> Traits:
         """Linear between updates; evaluation is the same function."""
         return Traits(stateful=True)
 
-    def basis(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    def basis(self, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return U and its (pseudo-)inverse for a covariance."""
-        eye = torch.eye(self.num_features, dtype=covariance.dtype, device=covariance.device)
+        eye = torch.eye(self.num_features).to(self.center)
         return eye, eye
 
     @torch.no_grad()
@@ -83,7 +87,7 @@ class PopulationLinear(Normalization):
             covariance: `(C, C)`, by default the running one.
         """
         mean = self.running_mean if mean is None else mean
-        matrix, inverse = self.basis(self.running_covariance if covariance is None else covariance)
+        matrix, inverse = self.basis(covariance)
         plain = self.weight @ self.transform
         self.bias.add_(plain @ (mean - self.center))
         self.weight.copy_(plain @ inverse)
@@ -102,23 +106,26 @@ class PopulationLinear(Normalization):
         """
         if self.training and self.every and (done := int(self.num_batches_tracked)) and done % self.every == 0:
             self.refresh()
-        z = x.movedim(1, -1)
-        # copies: a refreshment before the backward pass must not change what that pass needs
-        y = self.linear(F.linear(z - self.center.to(x.dtype).clone(), self.transform.to(x.dtype).clone()))
+        z = x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
+        y = self.linear(z)
         if self.training:
             self._track(z.detach())
-        return y.movedim(-1, 1)
+        return y.reshape(len(x), -1, *x.shape[2:])
 
     def linear(self, z: Tensor) -> Tensor:
-        """Map `(N, *, C)` by weight and bias."""
-        return F.linear(z, self.weight.to(z.dtype), self.bias.to(z.dtype))
+        """Map `(N, C, L)` by weight, transform and center in a single product: W (x - c) + d with W = V U."""
+        # copies: a refreshment before the backward pass must not change what that pass needs
+        weight = self.weight.to(z.dtype) @ self.transform.to(z.dtype).clone()
+        return product(z, weight, self.bias.to(z.dtype) - weight @ self.center.to(z.dtype).clone())
 
     @torch.no_grad()
     def _track(self, z: Tensor) -> None:
-        flat = Batch(channels="last").split(z, -1)
+        flat = Batch().split(z)
         mean = self.average.mean(flat)
-        covariance = self.average.products(flat - mean.unsqueeze(-1))
-        track(self, self.momentum, mean=mean, covariance=covariance)
+        found = {"mean": mean}
+        if self.correlated:
+            found["covariance"] = self.average.products(flat - rows(mean, flat))
+        track(self, self.momentum, **found)
 
 
 class CenteredLinear(PopulationLinear):
@@ -149,6 +156,8 @@ class NaturalLinear(PopulationLinear):
         momentum: weight of the newest batch in the statistics.
     """
 
+    correlated: ClassVar[bool] = True
+
     def __init__(
         self,
         num_features: int,
@@ -163,9 +172,9 @@ class NaturalLinear(PopulationLinear):
         positive(eps, "eps", "directions without variance would be divided by zero")
         self.eps = eps
 
-    def basis(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    def basis(self, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return PCA whitening by the largest eigenvalues, and its pseudo-inverse."""
-        values, vectors = torch.linalg.eigh(covariance)
+        values, vectors = torch.linalg.eigh(self.running_covariance if covariance is None else covariance)
         kept = self.rank or self.num_features
         deviations = (values[-kept:].clamp_min(0) + self.eps).sqrt()
         vectors = vectors[:, -kept:]
@@ -199,8 +208,7 @@ class GeneralizedWhitenedLinear(NaturalLinear):
         """Start unwhitened."""
         super().__init__(num_features, out_features, eps, every, momentum, rank)
         recovery, population = Affine(), Running(momentum)
-        area = Batch(channels="last")
-        self.standardize = Norm(area, Standardize(), recovery, population, num_features=out_features or num_features)
+        self.standardize = Norm(Batch(), Standardize(), recovery, population, num_features=out_features or num_features)
 
     @property
     def traits(self) -> Traits:
@@ -208,7 +216,7 @@ class GeneralizedWhitenedLinear(NaturalLinear):
         return Traits(crosses_batch=True, stateful=True)
 
     def linear(self, z: Tensor) -> Tensor:
-        """Map `(N, *, C)` and standardize."""
+        """Map `(N, C, L)` and standardize."""
         y: Tensor = self.standardize(super().linear(z))
         return y
 
@@ -230,22 +238,32 @@ def rectified_moments(correlation: Tensor) -> tuple[Tensor, Tensor]:
     return mean, second - mean.square()[0]
 
 
-class _Centered(torch.autograd.Function):
-    """z W^T + b, with errors centered over the batch in the gradient of W alone."""
+def product(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return weight z + bias for `(N, C, L)`."""
+    wide = weight.expand(len(z), *weight.shape)
+    return wide @ z if bias is None else torch.baddbmm(bias.unsqueeze(1), wide, z)
+
+
+class _Controlled(torch.autograd.Function):
+    """W z + b of `(N, C, L)` whose gradient of W loses a mean, that of the errors or a given one of the inputs."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(z, weight)
-        return F.linear(z, weight, bias)
+    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None) -> Tensor:
+        ctx.save_for_backward(z, weight, mean)
+        return product(z, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z, weight = ctx.saved_tensors
-        errors = grad.flatten(0, -2)
-        return grad @ weight, (errors - errors.mean(0)).mT @ z.flatten(0, -2), errors.sum(0)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        z, weight, mean = ctx.saved_tensors
+        change, total = (grad @ z.mT).sum(0), grad.sum((0, 2))
+        if mean is None:
+            count = len(z) * z.shape[2]
+            return product(grad, weight.mT), change - torch.outer(total, z.sum((0, 2))) / count, total, None
+        change = change - torch.outer(total, mean)
+        return product(grad, weight.mT), change, total - change @ mean, None
 
 
-_centered: Callable[..., Tensor] = _Centered.apply
+_controlled: Callable[..., Tensor] = _Controlled.apply
 
 
 class FactorCenteredLinear(CenteredLinear):
@@ -261,7 +279,8 @@ class FactorCenteredLinear(CenteredLinear):
 
     def linear(self, z: Tensor) -> Tensor:
         """Map with centered errors."""
-        return _centered(z, self.weight.to(z.dtype), self.bias.to(z.dtype))
+        centered = z - self.center.to(z.dtype).clone().unsqueeze(1)
+        return _controlled(centered, self.weight.to(z.dtype), self.bias.to(z.dtype), None)
 
 
 def center_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -283,25 +302,6 @@ def center_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return y - (x - x.detach()) * slope.mean(0, keepdim=True)
 
 
-class _MeanNormalized(torch.autograd.Function):
-    """x W^T + b, with the step that descent on a layer with centered input would take."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, mean)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean = ctx.saved_tensors
-        errors = grad.flatten(0, -2)
-        change = errors.mT @ (x.flatten(0, -2) - mean)
-        return grad @ weight, change, errors.sum(0) - change @ mean, None
-
-
-_mean_normalized: Callable[..., Tensor] = _MeanNormalized.apply
-
-
 class MeanNormalizedLinear(PopulationLinear):
     """Mean-normalized stochastic gradient: y = W x + b, its gradients those of centered inputs.
 
@@ -320,7 +320,7 @@ class MeanNormalizedLinear(PopulationLinear):
     def linear(self, z: Tensor) -> Tensor:
         """Map; the gradient sees the running mean."""
         mean = self.running_mean.to(z.dtype).clone()
-        return _mean_normalized(z, self.weight.to(z.dtype), self.bias.to(z.dtype), mean)
+        return _controlled(z, self.weight.to(z.dtype), self.bias.to(z.dtype), mean)
 
 
 class LinearTransformations(Normalization):
@@ -377,19 +377,18 @@ class LinearTransformations(Normalization):
         """Map `(N, C, *)` to the same shape."""
         if self.training and self.every and (done := int(self.num_batches_tracked)) and done % self.every == 0:
             self.refresh()
-        z = x.movedim(1, -1)
-        h = _linear(self.inner, z)
+        z = x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
+        inner, outer, shortcut = (layer.weight.to(z.dtype) for layer in (self.inner, self.outer, self.shortcut))
+        alpha, beta = (value.to(z.dtype).clone() for value in (self.alpha, self.beta))
+        h = product(z, inner, self.inner.bias.to(z.dtype))
         units = h.tanh()
-        y = _linear(self.outer, units + h * self.alpha.to(h.dtype).clone() + self.beta.to(h.dtype))
-        y = y + _linear(self.shortcut, z)
+        # A (alpha h + beta) + S x goes through B and the small matrices, so that x and the units are multiplied once
+        bent = outer * alpha
+        bias = self.outer.bias.to(z.dtype) + outer @ beta + bent @ self.inner.bias.to(z.dtype)
+        y = product(units, outer, bias) + product(z, shortcut + bent @ inner)
         if self.training:
-            flat, values = h.detach().flatten(0, -2), units.detach().flatten(0, -2)
-            slope = (1 - values.square()).mean(0)
-            track(self, self.momentum, slope=slope, value=values.mean(0), input=flat.mean(0))
-        return y.movedim(-1, 1)
-
-
-def _linear(layer: nn.Linear, z: Tensor) -> Tensor:
-    """Call a linear layer with its parameters in the type of z."""
-    bias = layer.bias
-    return F.linear(z, layer.weight.to(z.dtype), None if bias is None else bias.to(z.dtype))
+            seen, values = (Batch().split(v.detach()) for v in (h, units))
+            (mean, spread), value = LOCAL.moments(values), LOCAL.mean(seen)
+            slope = 1 - spread - mean.square()
+            track(self, self.momentum, slope=slope, value=mean, input=value)
+        return y.reshape(x.shape)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
 from normscope.norms.area import Batch, Instance
+from normscope.norms.families.branches import by_branch
 from normscope.norms.families.recoveries_condition import Sandwich
 from normscope.norms.families.recoveries_input import scaled
 from normscope.norms.layer import Norm, Normalization, in_float
@@ -102,11 +103,7 @@ class PassportNorm(Normalization):
             return self._public(x)
         if which is None:
             return self._secret(x, passports)
-        y = torch.empty_like(x)
-        for chosen, branch in ((~which, self._public), (which, lambda z: self._secret(z, passports))):
-            if bool(chosen.any()):
-                y = y.index_put((chosen,), branch(x[chosen]))
-        return y
+        return by_branch(x, which.long(), (self._public, lambda z: self._secret(z, passports)))
 
     def _public(self, x: Tensor) -> Tensor:
         return Affine(self.affine, self.affine).apply(self, self.public(x), x, 1, None)
@@ -160,9 +157,5 @@ class SandwichBranchNorm(Normalization):
         """
         if labels is None or labels.is_floating_point():
             raise ArgumentError(f"labels={labels!r}: {self!r} needs integers (N,), one class for each example.")
-        y = torch.empty_like(x)
-        for number, branch in enumerate(self.branches):
-            chosen = labels == number
-            if bool(chosen.any()):
-                y = y.index_put((chosen,), branch(x[chosen]))
+        y = by_branch(x, labels, list(self.branches))
         return self.recovery.apply(self, y, x, 1, labels)

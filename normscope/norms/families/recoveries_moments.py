@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normscope.norms.average import rows
+from normscope.norms.average import LOCAL
 
 
 class _MeanSquare(torch.autograd.Function):
@@ -48,6 +48,5 @@ def moments(z: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
     >>> moments(torch.tensor([[[1.0, 1.0, 3.0, 3.0]]]))
     (tensor([[2.]]), tensor([[1.]]))
     """
-    mean = z.mean(-1)
-    var = mean_square(z - rows(mean, z))
+    mean, var = LOCAL.moments(z)
     return mean, var * (z.shape[-1] / (z.shape[-1] - 1)) if unbiased else var

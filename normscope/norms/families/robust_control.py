@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normscope.core.errors import ArgumentError
-from normscope.norms.affine import scale_shift
+from normscope.norms.affine import row_sums, scale_shift
 from normscope.norms.area import Batch
 from normscope.norms.average import LOCAL, Average, rows
 from normscope.norms.families.mixtures_base import ChannelNorm, kept
@@ -110,7 +110,7 @@ class _Online(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, mean: Tensor, factor: Tensor, rate: float, control_mean: Tensor, control_var: Tensor
     ) -> Tensor:
-        y = (z - mean.unsqueeze(2)) * factor.unsqueeze(2)
+        y = scale_shift(z, factor, -mean * factor)
         ctx.save_for_backward(y, factor)
         ctx.rate, ctx.controls = rate, (control_mean, control_var)
         return y
@@ -120,8 +120,9 @@ class _Online(torch.autograd.Function):
         y, factor = ctx.saved_tensors
         control_mean, control_var = ctx.controls
         rate, u, v = ctx.rate, control_mean.to(y), control_var.to(y)
-        products, squares = (grad * y).mean(2), y.square().mean(2)
-        grads, sums = grad.mean(2), y.mean(2)
+        products, grads = (total / y.shape[2] for total in row_sums(grad, y))
+        sums, spread = LOCAL.moments(y)
+        squares = spread + sums.square()
         shifts, slopes = [], []
         # the recurrences need averages over space only
         for product, square, average, total, scale in zip(products, squares, grads, sums, factor, strict=True):
@@ -132,8 +133,8 @@ class _Online(torch.autograd.Function):
         with torch.no_grad():
             control_mean.copy_(u)
             control_var.copy_(v)
-        gx = (grad - torch.stack(slopes).unsqueeze(2) * y) * factor.unsqueeze(2) - torch.stack(shifts).unsqueeze(2)
-        return gx, None, None, None, None, None
+        gx = scale_shift(grad, factor, -torch.stack(shifts))
+        return gx.addcmul_(y, (-torch.stack(slopes) * factor).unsqueeze(2)), None, None, None, None, None
 
 
 _online: Callable[..., Tensor] = _Online.apply

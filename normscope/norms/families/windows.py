@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normscope.core.errors import ArgumentError
+from normscope.norms.affine import folded, scale_shift
+from normscope.norms.average import LOCAL
+from normscope.norms.families.mixtures_base import unbiased
 from normscope.norms.layer import Normalization, in_float
 from normscope.norms.operation import safe_sqrt
 from normscope.norms.part import Traits, divide, positive
@@ -104,9 +107,11 @@ class LocalContextNorm(Normalization):
         sizes = window(self.window, x.ndim - 2)
         grouped = x.reshape(x.shape[0], -1, self.channels_per_group, *x.shape[2:])
         if any(w >= n for w, n in zip(sizes, x.shape[2:], strict=True)):
-            var, mean = torch.var_mean(grouped, tuple(range(2, grouped.ndim)), keepdim=True)
-        else:
-            mean, var = self._windows(grouped, sizes)
+            mean, var = LOCAL.moments(grouped)
+            factor = (unbiased(var, grouped[0, 0].numel()) + self.eps).rsqrt()
+            scale, shift = (v.repeat_interleave(self.channels_per_group, 1) for v in (factor, -mean * factor))
+            return scale_shift(x, *folded(scale, shift, self.weight, self.bias))
+        mean, var = self._windows(grouped, sizes)
         y = ((grouped - mean) * (var + self.eps).rsqrt()).reshape(x.shape)
         return Affine(self.affine, self.affine).apply(self, y, x, 1, None)
 
