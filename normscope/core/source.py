@@ -177,6 +177,73 @@ FURTHER: tuple[Source, ...] = (
         f"{_ARXIV}2301.07825",
     ),
     Source("sun2024", "Massive Activations in Large Language Models", 2024, f"{_ARXIV}2402.17762"),
+    Source(
+        "pan2018",
+        "Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net",
+        2018,
+        f"{_ARXIV}1807.09441",
+    ),
+    Source(
+        "nguyen2019",
+        "Transformers without Tears: Improving the Normalization of Self-Attention",
+        2019,
+        f"{_ARXIV}1910.05895",
+    ),
+    Source("henry2020", "Query-Key Normalization for Transformers", 2020, f"{_ARXIV}2010.04245"),
+    Source(
+        "singh2020",
+        "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep Neural Networks",
+        2020,
+        f"{_ARXIV}1911.09737",
+    ),
+    Source("zhao2020", "PairNorm: Tackling Oversmoothing in GNNs", 2020, f"{_ARXIV}1909.12223"),
+    Source("ding2021", "CogView: Mastering Text-to-Image Generation via Transformers", 2021, f"{_ARXIV}2105.13290"),
+    Source(
+        "tang2021", "CrossNorm and SelfNorm for Generalization under Distribution Shifts", 2021, f"{_ARXIV}2102.02811"
+    ),
+    Source("touvron2021", "Going Deeper with Image Transformers", 2021, f"{_ARXIV}2103.17239"),
+    Source("peebles2022", "Scalable Diffusion Models with Transformers", 2022, f"{_ARXIV}2212.09748"),
+    Source("wang2022", "DeepNet: Scaling Transformers to 1,000 Layers", 2022, f"{_ARXIV}2203.00555"),
+    Source(
+        "qin2023",
+        "TransNormerLLM: A Faster and Better Large Language Model with Improved TransNormer",
+        2023,
+        f"{_ARXIV}2307.14995",
+    ),
+    Source(
+        "sun2023",
+        "Retentive Network: A Successor to Transformer for Large Language Models",
+        2023,
+        f"{_ARXIV}2307.08621",
+    ),
+    Source(
+        "woo2023",
+        "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
+        2023,
+        f"{_ARXIV}2301.00808",
+    ),
+    Source(
+        "dao2024",
+        "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality",
+        2024,
+        f"{_ARXIV}2405.21060",
+    ),
+    Source(
+        "loshchilov2024",
+        "nGPT: Normalized Transformer with Representation Learning on the Hypersphere",
+        2024,
+        f"{_ARXIV}2410.01131",
+    ),
+    Source("cai2025", "SeeDNorm: Self-Rescaled Dynamic Normalization", 2025, f"{_ARXIV}2510.22777"),
+    Source("chen2025", "Stronger Normalization-Free Transformers", 2025, f"{_ARXIV}2512.10938"),
+    Source(
+        "kim2025",
+        "Peri-LN: Revisiting Normalization Layer in the Transformer Architecture",
+        2025,
+        f"{_ARXIV}2502.02732",
+    ),
+    Source("sun2025", "The Curse of Depth in Large Language Models", 2025, f"{_ARXIV}2502.05795"),
+    Source("zhu2025", "Transformers without Normalization", 2025, f"{_ARXIV}2503.10622"),
 )
 
 

@@ -175,7 +175,8 @@ def conditions(
         rows.append((site, value, np.nan, len(window)))
         statuses.append(status)
     frame = tables.estimates(rows).assign(status=pd.Series(statuses, dtype=object))
-    return frame.assign(samples=samples.to_numpy(), width=width.to_numpy())
+    sites = frame["site"]
+    return frame.assign(samples=samples.reindex(sites).to_numpy(), width=width.reindex(sites).to_numpy())
 
 
 def effective_rank(

@@ -147,7 +147,7 @@ def sampling(record: Record) -> Estimate:
 
 def sizes(record: Record) -> int:
     """Return how many different lengths the first dimension of the model's input had, 0 where it is unknown."""
-    seen = tables.table(record, "samples", slot="input")
+    seen = tables.table(record, "seen", slot="input")
     return int(seen["/input"].nunique()) if "/input" in seen else 0
 
 

@@ -88,10 +88,10 @@ _scale_shift: Callable[..., Tensor] = _ScaleShift.apply
 def folded(
     scale: Tensor | None, shift: Tensor | None, gain: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return a and b of a x + b = gain (scale x + shift) + bias: `(1 or N, C)`, from gain and bias `(C,)`."""
+    """Return a and b `(1 or N, C)` of a x + b = gain (scale x + shift) + bias, gain and bias `(C,)` or `(N, C)`."""
     if gain is not None:
-        scale = gain.unsqueeze(0) if scale is None else scale * gain
+        scale = gain.reshape(-1, gain.shape[-1]) if scale is None else scale * gain
         shift = None if shift is None else shift * gain
     if bias is not None:
-        shift = bias.unsqueeze(0) if shift is None else shift + bias
+        shift = bias.reshape(-1, bias.shape[-1]) if shift is None else shift + bias
     return scale, shift

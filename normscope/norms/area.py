@@ -6,7 +6,7 @@ correlations over the features. `split` and `merge` do so without copying; `view
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -63,6 +63,11 @@ class Area(Part):
     def spread(self, stat: Tensor, x: Tensor, axis: int = 1) -> Tensor | None:
         """Give a statistic `[areas, features]` to each channel: `(1, C)` or `(N, C)`; None where it varies in space."""
         return None
+
+    @property
+    def stored(self) -> Area:
+        """The area in which stored statistics are used: any batch fits."""
+        return self
 
     def view(self, x: Tensor, axis: int = 1) -> Tensor:
         """Reorder an activation into `[areas, features, samples]`.
@@ -195,6 +200,11 @@ class BatchGroup(Area):
     def fixed(self) -> bool:  # type: ignore[override]
         """Whether one area takes the whole batch."""
         return self.examples is None
+
+    @property
+    def stored(self) -> Area:
+        """The whole batch in one area."""
+        return replace(self, examples=None)
 
     def rows(self, num_features: int) -> tuple[int, int]:
         """Return one area and the groups."""

@@ -215,20 +215,24 @@ class Norm(Normalization):
 
     @in_float
     def _composed(self, x: Tensor, axis: int, condition: Any) -> Tensor:
-        z = self.area.split(x, axis)
+        area = self.area.stored if self.population.stateful and not self.training else self.area
+        z = area.split(x, axis)
         if self._whitens_jointly(z):
             return self._whitened(x, z, axis, condition)
         stats = self.population.choose(self, z)
         # an operation with an apply of its own means that one
         pair = self.operation.coefficients(stats) if type(self.operation).apply is Operation.apply else None
-        wide = [v if v is None else self.area.spread(v, x, axis) for v in pair or ()]
+        wide = [v if v is None else area.spread(v, x, axis) for v in pair or ()]
         if pair is None or axis != 1 or any(v is not None and w is None for v, w in zip(pair, wide, strict=True)):
-            y = self.area.merge(self.operation.apply(z, stats), x, axis)
+            y = area.merge(self.operation.apply(z, stats), x, axis)
             return self.recovery.apply(self, y, x, axis, condition)
         scale, shift = wide
-        if type(self.recovery) is not Affine or self.recovery.shape:
+        if type(self.recovery).apply not in {Recovery.apply, Affine.apply}:
             return self.recovery.apply(self, scale_shift(x, scale, shift), x, axis, condition)
-        return scale_shift(x, *folded(scale, shift, *self.recovery.gain(self)))
+        gains = self.recovery.coefficients(self, x, axis, condition)
+        if gains is None:
+            return self.recovery.apply(self, scale_shift(x, scale, shift), x, axis, condition)
+        return scale_shift(x, *folded(scale, shift, *gains))
 
     def _whitens_jointly(self, z: Tensor) -> bool:
         if not (self.operation.whitens and self.average is LOCAL and type(self.population) in {Current, Running}):

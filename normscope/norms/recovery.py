@@ -12,6 +12,8 @@ from normscope.core.errors import ArgumentError
 from normscope.norms.affine import scale_shift
 from normscope.norms.part import Part, known_features
 
+Pair = tuple[Tensor | None, Tensor | None]
+
 
 @dataclass(frozen=True, repr=False)
 class Recovery(Part):
@@ -46,7 +48,22 @@ class Recovery(Part):
         Returns:
             The output of the layer.
         """
-        return y
+        pair = self.coefficients(host, x, axis, condition)
+        return y if pair is None else scaled(y, *pair, axis)
+
+    def coefficients(self, host: Any, x: Tensor, axis: int, condition: Any) -> Pair | None:
+        """Return scale and shift, `(C,)` or `(N, C)`, of a recovery y * scale + shift; None for any other.
+
+        Args:
+            host: the layer that carries the parameters.
+            x: the input of the layer.
+            axis: the channel axis, 1 or -1.
+            condition: what forward got besides the input.
+
+        Returns:
+            Scale, None for 1, and shift, None for 0.
+        """
+        return None
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,6 +81,14 @@ def channels(v: Tensor, y: Tensor, axis: int) -> Tensor:
     if axis == -1:
         return v if v.ndim == 1 else v.reshape(v.shape[0], *(1,) * (y.ndim - 2), v.shape[1])
     return v.reshape(*v.shape, *(1,) * (y.ndim - 2))
+
+
+def scaled(y: Tensor, scale: Tensor | None, shift: Tensor | None, axis: int) -> Tensor:
+    """Return y * scale + shift, values `(C,)` or `(N, C)`, None for 1 and 0."""
+    if axis == 1:
+        return scale_shift(y, *(v if v is None else v.reshape(-1, y.shape[1]) for v in (scale, shift)))
+    y = y if scale is None else y * channels(scale, y, axis)
+    return y if shift is None else y + channels(shift, y, axis)
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,10 +123,14 @@ class Affine(Recovery):
     def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
         """Scale and shift."""
         weight, bias = self.gain(host)
-        if axis == 1 and not self.shape:
-            return scale_shift(y, *(v if v is None else v.unsqueeze(0) for v in (weight, bias)))
+        if not self.shape:
+            return scaled(y, weight, bias, axis)
         y = y if weight is None else y * weight
         return y if bias is None else y + bias
+
+    def coefficients(self, host: Any, x: Tensor, axis: int, condition: Any) -> Pair | None:
+        """Return weight and bias of the channels."""
+        return None if self.shape else self.gain(host)
 
 
 @dataclass(frozen=True, repr=False)
@@ -159,18 +188,17 @@ class Conditional(Recovery):
         host.register_parameter("weight", nn.Parameter(torch.full(shape, self.init)))
         host.register_parameter("bias", nn.Parameter(torch.zeros(shape)))
 
-    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
-        """Scale and shift by class.
+    def coefficients(self, host: Any, x: Tensor, axis: int, condition: Any) -> Pair | None:
+        """Return weight and bias of the class.
 
         Args:
             host: the layer.
-            y: the normalized activation.
             x: the input.
             axis: the channel axis.
             condition: labels `(N,)`, or weights over the classes `(N, classes)` that mix them.
 
         Returns:
-            The output.
+            Scale and shift.
 
         Raises:
             ArgumentError: no labels were given.
@@ -181,4 +209,4 @@ class Conditional(Recovery):
             weight, bias = condition @ host.weight, condition @ host.bias
         else:
             weight, bias = host.weight[condition], host.bias[condition]
-        return y * (channels(weight, y, axis) + self.offset) + channels(bias, y, axis)
+        return weight + self.offset, bias

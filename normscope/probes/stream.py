@@ -127,4 +127,4 @@ class Stream:
         if np.isfinite(mean).all():
             self._mean = self._mean + (mean - self._mean) / (t + 1)
             self._batches = t + 1
-        return {"ratio": ratio, "samples": float(count)}
+        return {"ratio": ratio, "seen": float(count)}

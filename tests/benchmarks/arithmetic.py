@@ -40,7 +40,7 @@ TWICE = Work("moments and y = a x + b, one after the other, twice", 6, 10)
 # rows that are neither in here nor in the tables below are MOMENTS
 OTHERS = {
     MAP: "layer-scale pop-art",
-    STORED: "precise-batch population-estimation input-whitening detached-layer",
+    STORED: "precise-batch detached-layer",
     CENTER: "mean-only-batch mean-subtraction adversarial-statistics",
     SPREAD: "l1-batch lp-batch range-batch local-contrast divisive",
     TWICE: "batch-channel domain-invariant power sandwich-layer peri-layer",
@@ -60,13 +60,17 @@ WORK = {name: work for work, names in OTHERS.items() for name in names.split()} 
     "centering": Work("mean for later; W (x - c); W^T g; g x^T", 3, 4, 3 * 64),
     "factor-centering": Work("mean for later; W (x - c); W^T g; g x^T", 3, 4, 3 * 64),
     "mean-normalized-sgd": Work("mean for later; W x; W^T g; g x^T", 3, 4, 3 * 64),
-    "natural-neural-network": Work("covariance for later; V U (x - c); the gradients", 4, 4, 6 * 64),
-    "generalized-whitened": Work("covariance for later; V U (x - c); moments; the gradients", 7, 9, 6 * 64),
-    "linear-transformations": Work("A f(Bx) + S x; the gradients", 4, 6, 9 * 64, ("tanh",)),
+    "natural-neural-network": Work("covariance for later; V U (x - c); the gradients", 4, 4, 4 * 64),
+    "generalized-whitened": Work("covariance for later; V U (x - c); moments; the gradients", 7, 9, 4 * 64),
+    "linear-transformations": Work("A f(Bx) + S x; the gradients", 5, 8, 9 * 64, ("tanh",)),
     "fine-grained-batch": Work("two partial sums; moments of each; their sum", 8, 8, 3 * 64),
     "isotropic-batch": Work("covariance for later; y = a x", 3, 2, 64),
     "recurrent-batch-input": Work("W x; moments", 5, 7, 3 * 64),
+    "dynamic-instance": Work("moments; mix the channels by a matrix of the example", 5, 8, 3 * 64),
+    "adaptive-convolution": Work("moments of windows; a 3 x 3 convolution of the example", 8, 12, 3 * 9 * 64),
     "iterative": whitening(64),
+    "population-estimation": whitening(64),
+    "input-whitening": Work("covariance for later; W (x - c); W^T g", 3, 2, 3 * 64),
     "whitening-coloring": whitening(64, ", color them"),
     "network-deconvolution": whitening(64),
     "channel-equilibrium": whitening(64, ", mix with x"),
@@ -79,9 +83,7 @@ WORK = {name: work for work, names in OTHERS.items() for name in names.split()} 
     "groupwise-whitening-coloring": Work("mean; mix 16 features; the gradients", 3, 5, 3 * 16),
     "domain-whitening": whitening(4),
     "group-whitening": whitening(32),
-    "spatially-adaptive": Work(
-        "moments; y = a x + b, a and b by two layers of 3 x 3 convolution", 5, 9, 3 * 9 * (2 * 128 + 2 * 3)
-    ),
+    "spatially-adaptive": Work("moments; y = a x + b, a and b from convolutions", 5, 9, 3 * 9 * (2 * 128 + 6)),
 }
 
 

@@ -8,6 +8,7 @@ of torch hands out and takes back, added up in the order of time.
 import argparse
 import csv
 import ctypes
+import functools
 import platform
 import random
 import statistics
@@ -25,7 +26,7 @@ from tests.benchmarks.arithmetic import work
 
 SHAPES = {"maps": (64, 64, 32, 32), "tokens": (8, 128, 256)}
 # settings that tests make small; the benchmark takes the method's own
-SMALL = {"groups", "group_size", "block", "examples"}
+SMALL = {"groups", "group_size", "block", "examples", "window"}
 FIELDS = {
     "shape": "maps (64, 64, 32, 32) or tokens (8, 128, 256)",
     "name": "row of the zoo",
@@ -107,7 +108,9 @@ def widened(value, small, large):
         return value
     value = value.float() if value.is_floating_point() else value
     for axis, size in enumerate(value.shape):
-        if axis < len(small) and size == small[axis] and (axis == 0 or axis > 1) and len(small) == len(large):
+        # examples, and positions where the input has as many axes
+        counted = axis == 0 or (1 < axis < len(small) == len(large))
+        if counted and size == small[axis]:
             value = value.index_select(axis, torch.arange(large[axis]) % size)
     return value
 
@@ -162,39 +165,41 @@ def interleaved(cases, rounds):
     return [statistics.median(column) for column in times]
 
 
-def rates(shape):
-    """Return seconds for each pass over a tensor, each column of products, each function, by name."""
+def machine(shape):
+    """Return what times the machine: one pass over a tensor, one column of a product, one function of each entry."""
     x, out = torch.randn(shape).abs(), torch.empty(shape)
     features = shape[1]
     square, wide = torch.randn(features, features), x.reshape(len(x), features, -1)
     flat = x.reshape(features, -1)
 
-    def timed(function):
-        start = time.process_time()
-        function()
-        return time.process_time() - start
+    def timed(function, parts=1):
+        def run():
+            start = time.process_time()
+            function()
+            return (time.process_time() - start) / parts
 
-    measured = {
-        "pass": lambda: torch.add(x, x, out=out),
-        "column": lambda: torch.bmm(square.expand(len(x), -1, -1), wide, out=out.view(wide.shape)),
-        "kthvalue": lambda: flat.kthvalue(flat.shape[1] // 4),
-    } | {name: lambda f=getattr(torch, name): f(x, out=out) for name in ("exp", "log", "tanh", "erf")}
-    found = interleaved([lambda f=f: timed(f) for f in measured.values()], 15)
-    seconds = dict(zip(measured, found, strict=True))
-    return seconds | {"pass": seconds["pass"] / 3, "column": seconds["column"] / features}
+        return run
+
+    functions = {name: getattr(torch, name) for name in ("exp", "log", "tanh", "erf")}
+    return {
+        # reads two tensors and writes one
+        "pass": timed(lambda: torch.add(x, x, out=out), 3),
+        "column": timed(lambda: torch.bmm(square.expand(len(x), -1, -1), wide, out=out.view(wide.shape)), features),
+        "kthvalue": timed(lambda: flat.kthvalue(flat.shape[1] // 4)),
+    } | {name: timed(functools.partial(function, x, out=out)) for name, function in functions.items()}
 
 
-def needed(name, rate):
-    """Return the seconds that the arithmetic of a row needs."""
-    task = work(name)
+def needed(task, rate):
+    """Return the seconds that the arithmetic of a row needs, from seconds by name as `machine` has them."""
     passes = (task.forward + task.backward) * rate["pass"]
-    return passes + task.columns * rate["column"] + sum(rate[function] for function in task.functions)
+    return passes + task.columns * rate.get("column", 0) + sum(rate[function] for function in task.functions)
 
 
-def measure(shape, names, rounds, rate):
+def measure(shape, names, rounds):
     """Yield a line of the table for each row of the zoo that takes this shape, and names with reasons for others."""
     x = torch.randn(SHAPES[shape])
     weights = torch.randn_like(x)
+    clocks = machine(SHAPES[shape])
     plain = nn.BatchNorm2d(64) if shape == "maps" else nn.BatchNorm1d(128)
     base_peak = peak(plain, x, [])
     for name in names or zoo:
@@ -206,9 +211,12 @@ def measure(shape, names, rounds, rate):
         beside = BESIDE[shape].get(name, lambda: None)()
         if beside is not None:
             layers.append((beside, []))
-        cases = [lambda layer=layer, extra=extra: once(layer, x, weights, extra) for layer, extra in layers]
-        found = interleaved(cases, rounds if beside is None else 5 * rounds)
-        most, least, task = peak(layer, x, extra), needed(name, rate), work(name)
+        task = work(name)
+        used = ["pass", *(["column"] if task.columns else []), *dict.fromkeys(task.functions)]
+        cases = [functools.partial(once, layer, x, weights, extra) for layer, extra in layers]
+        found = interleaved([*cases, *(clocks[name] for name in used)], rounds if beside is None else 5 * rounds)
+        least = needed(task, dict(zip(used, found[len(cases) :], strict=True)))
+        most = peak(layer, x, extra)
         yield {
             "shape": shape,
             "name": name,
@@ -276,9 +284,7 @@ def main():
     keep_memory()
     lines, left = [], []
     for shape in arguments.shapes:
-        rate = rates(SHAPES[shape])
-        print(shape, {name: f"{1e3 * seconds:.3f} ms" for name, seconds in rate.items()}, flush=True)
-        for line in measure(shape, arguments.names, arguments.rounds, rate):
+        for line in measure(shape, arguments.names, arguments.rounds):
             (left if "reason" in line else lines).append(line)
             print(
                 "  ".join(f"{value!s:<22}" if key == "name" else str(value) for key, value in line.items()), flush=True

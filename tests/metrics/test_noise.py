@@ -32,7 +32,7 @@ def gradient(network, signal=1.0, square=2.0, chunk=32.0, phase="noise", errors=
 def stream(network, ratios, samples=64.0):
     values = dict(zip(network.steps, ratios, strict=True))
     sizes = samples if isinstance(samples, dict) else dict.fromkeys(network.steps, samples)
-    network.extra["/input", "train", "value"] = lambda step: {"ratio": values[step], "samples": float(sizes[step])}
+    network.extra["/input", "train", "value"] = lambda step: {"ratio": values[step], "seen": float(sizes[step])}
     return network
 
 

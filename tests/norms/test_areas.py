@@ -93,6 +93,14 @@ def test_errors_name_argument_value_and_way_out(call, message):
         call()
 
 
+def test_ghost_batches_need_no_multiple_in_evaluation():
+    layer = build("ghost", 8, examples=4).double()
+    layer(torch.from_numpy(maps(8, 8, 3, 5)))
+    x = maps(7, 8, 3, 5)
+    mean, square = (v.numpy().reshape(8, 1, 1) for v in (layer.running_mean, layer.running_square))
+    close(layer.eval()(torch.from_numpy(x)), (x - mean) / np.sqrt(square - mean**2 + 1e-5))
+
+
 def test_feature_standardization_divides_by_no_less_than_eps():
     x = maps()
     x[:, 0] = 3.0

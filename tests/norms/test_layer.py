@@ -193,6 +193,12 @@ RANKS = """
         torch.testing.assert_close(y, whole(x)[cut], rtol=1e-9, atol=1e-9)
         (grad,) = torch.autograd.grad((y * w[cut]).sum(), x)
         torch.testing.assert_close(grad[cut], grads, rtol=1e-9, atol=1e-9)
+        # the gradients of all ranks' parameters add up to those of one process
+        joined = torch.autograd.grad((whole(x) * w).sum(), list(whole.parameters()))
+        shares = torch.autograd.grad((part(x[cut]) * w[cut]).sum(), list(part.parameters()))
+        for expected, share in zip(joined, shares):
+            dist.all_reduce(share)
+            torch.testing.assert_close(share, expected, rtol=1e-9, atol=1e-9)
         whole = make().double()
         whole(x)
         for mine, its in zip(part.buffers(), whole.buffers()):
@@ -209,6 +215,9 @@ MAKERS = """[
         lambda: build("generalized-batch", 8),
         lambda: Norm(Batch(), RMS(), population=Running(), num_features=8),
         lambda: Norm(BatchGroup(4), Standardize(), population=Running(), num_features=8),
+        lambda: build("batch-instance", 8),
+        lambda: build("switchable", 8),
+        lambda: build("evonorm", 8),
     ]"""
 
 

@@ -193,3 +193,41 @@ def test_errors_name_argument_value_and_options(call, words):
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_simple_rms_has_no_parameters():
+    layer, p = made("srms")
+    assert not p
+    close(layer(tokens()), rms_normalized(tokens().numpy(), 1e-6))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_depth_scaled(kind):
+    layer, p = made("lns", depth=9, kind=kind)
+    x = tokens().numpy()
+    y = rms_normalized(x, 1e-5) if kind == "rms" else layer_normalized(x, 1e-5)
+    close(layer(tokens()), (y * p["weight"] + p.get("bias", 0)) / 3)
+
+
+def test_self_rescaled():
+    layer, p = made("seednorm")
+    x = tokens().numpy()
+    gain = np.tanh(x @ p["direction"])[..., None] * p["rescale"] + p["weight"]
+    close(layer(tokens()), rms_normalized(x, 1e-6) * gain)
+    close(build("seednorm", 8).double()(tokens()), rms_normalized(x, 1e-6))
+
+
+def test_hypersphere():
+    layer, p = made("ngpt", init=0.1)
+    h, branch = (t / np.linalg.norm(t, axis=-1, keepdims=True) for t in (tokens().numpy(), tokens(2).numpy()))
+    y = h + np.abs(p["weight"] * 0.1 * np.sqrt(8)) * (branch - h)
+    close(layer(tokens(), tokens(2)), y / np.linalg.norm(y, axis=-1, keepdims=True))
+    close(layer(tokens()), h)
+    start = build("ngpt", 8).double()
+    y = h + 0.05 * (branch - h)
+    close(start(tokens(), tokens(2)), y / np.linalg.norm(y, axis=-1, keepdims=True), 1e-7)
+
+
+def test_depth_is_counted_from_one():
+    with pytest.raises(ArgumentError, match=r"depth=0 must be above 0: layers are counted from 1"):
+        build("depth-scaled", 8, depth=0)

@@ -160,7 +160,7 @@ def test_a_run_records_noise_and_is_what_it_is_without():
         assert record.series(site, "relative", phase="noise").index.tolist() == [0, 1, 2, 3]
         assert record.series(site, "relative", phase="noise").between(0.05, 1).all()
     assert (record.series("/output", "square", phase="noise", role="gradient") > 0).all()
-    assert record.series("/input", "samples").tolist() == [8] * 3  # the first has none to be compared with
+    assert record.series("/input", "seen").tolist() == [8] * 3  # the first has none to be compared with
     attributes = record.sites.set_index("site").loc["3/input"]
     assert (attributes["whitened"], attributes["whitened_from"]) == (4, 8 * 16)
 

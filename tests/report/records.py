@@ -208,7 +208,7 @@ class Run:
         self._scalars(
             step, "/output", "population", "value", {"loss": loss * (1 + 3 * time**2), "gap": 0.8 * time, "n": 512.0}
         )
-        ratio = {"ratio": 0.8 + 0.1 * (i % 5) if i else np.nan, "samples": 128.0}
+        ratio = {"ratio": 0.8 + 0.1 * (i % 5) if i else np.nan, "seen": 128.0}
         self._scalars(step, "/input", "train", "value", ratio)
         signal = {"signal": 0.5 * np.exp(-4 * time), "signal_error": 0.02 * np.exp(-4 * time), "chunk": 32.0}
         self._scalars(

@@ -129,7 +129,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "pair",
-        "S232",
+        "zhao2020",
         _pair,
         (),
         ("pairnorm",),

@@ -58,7 +58,7 @@ class BatchInstanceNorm(RunningNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(N, C, *)`."""
         mean, var = LOCAL.moments(instances(x, self.num_features))
-        batch, batch_var = self.batch(x)
+        batch, batch_var = self.batch(x, (mean, var))
         batch_part = self.gate * (batch_var + self.eps).rsqrt()
         part = (1 - self.gate) * (var + self.eps).rsqrt()
         return self.mapped(x, batch_part + part, -(batch * batch_part + mean * part))
@@ -468,7 +468,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "instance-batch",
-        "S057",
+        "pan2018",
         _instance_batch,
         (),
         ("ibn",),

@@ -93,11 +93,24 @@ class RunningNorm(ChannelNorm):
         """Return the stored mean and variance `[1, C]`."""
         return kept(self.running_mean, like).unsqueeze(0), kept(self.running_var, like).unsqueeze(0)
 
-    def batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and biased variance of the batch `[1, C]`, after storing them; in evaluation the stored ones."""
+    def batch(self, x: Tensor, each: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return mean and biased variance of the batch `[1, C]`, after storing them; in evaluation the stored ones.
+
+        Args:
+            x: `(N, C, *)`.
+            each: moments of each example `(N, C)`, if they are known.
+
+        Returns:
+            Mean and variance.
+        """
+        z = self.split(x)
         if not self.training:
-            return self.stored(self.split(x))
-        z, mean, var = self.moments(x)
+            return self.stored(z)
+        if each is None:
+            _, mean, var = self.moments(x)
+        else:
+            enough(z.shape[2:].numel() if self.average is LOCAL else 2, x)
+            mean, var = self.pooled(*each)
         track(self, self.momentum, mean=mean, var=self.bessel(var, z))
         return mean, var
 

@@ -225,8 +225,9 @@ class ExemplarNorm(RunningNorm):
     def _moments(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance of instance, layer and batch `(N, 3, C)`."""
         mean, var = LOCAL.moments(z)
-        whole, whole_var = LOCAL.moments(z.unsqueeze(1))
-        batch, batch_var = self.batch(x)
+        whole = mean.mean(1, keepdim=True)
+        whole_var = (var + (mean - whole).square()).mean(1, keepdim=True)
+        batch, batch_var = self.batch(x, (mean, var))
         means = [mean, whole.expand_as(mean), batch.expand_as(mean)]
         variances = [var, whole_var.expand_as(var), batch_var.expand_as(var)]
         return torch.stack(means, 1), torch.stack(variances, 1)

@@ -13,9 +13,19 @@ from normscope.norms.families.modern_layers import (
     FilterResponseNorm,
     GatedNorm,
     GlobalResponseNorm,
+    HypersphereNorm,
     SandwichLayer,
 )
-from normscope.norms.families.modern_parts import Gain, HeadAffine, Heads, LayerScale, Saturating, UnitLength
+from normscope.norms.families.modern_parts import (
+    DepthScaled,
+    Gain,
+    HeadAffine,
+    Heads,
+    LayerScale,
+    Saturating,
+    SelfRescaled,
+    UnitLength,
+)
 from normscope.norms.families.recoveries_condition import Modulated
 from normscope.norms.layer import Norm
 from normscope.norms.operation import RMS, Identity, Operation, Standardize
@@ -72,6 +82,27 @@ def _deep(
     affine: bool = True,
 ) -> DeepNorm:
     return DeepNorm(num_features, depth, alpha, kind, eps, affine)
+
+
+def _depth_scaled(num_features: int, *, depth: int = 1, kind: str = "rms", eps: float = 1e-5) -> Norm:
+    require(kind, "kind", KINDS)
+    operation: Operation = Standardize(eps) if kind == "layer" else RMS(eps)
+    recovery = DepthScaled(shift=kind == "layer", depth=depth)
+    return Norm(Layer("last"), operation, recovery, num_features=num_features)
+
+
+def _simple_rms(num_features: int, *, eps: float = 1e-6, channels: str = "auto") -> Norm:
+    return Norm(Layer(channels), RMS(eps), num_features=num_features)
+
+
+def _self_rescaled(num_features: int, *, eps: float = 1e-6, channels: str = "auto") -> Norm:
+    return Norm(Layer(channels), RMS(eps), SelfRescaled(), num_features=num_features)
+
+
+def _hypersphere(
+    num_features: int, *, init: float = 0.05, scale: float | None = None, eps: float = 1e-5
+) -> HypersphereNorm:
+    return HypersphereNorm(num_features, init, scale, eps)
 
 
 def _sandwich(
@@ -137,25 +168,25 @@ def styled_tokens(num_features: int, generator: torch.Generator) -> tuple[Tensor
 ROWS: tuple[Row, ...] = (
     Row(
         "filter-response",
-        "S036",
+        "singh2020",
         _filter_response,
         aliases=("frn",),
         parts=("instance", "root mean square", "affine, thresholded", "current"),
         keys=("frn_gupta", "timm_frn_tlu", "timm_frn_act"),
     ),
-    Row("query-key", "S036", _query_key, aliases=("qk", "qk-norm"), inputs=tokens, options=(("heads", 2),)),
+    Row("query-key", "henry2020", _query_key, aliases=("qk", "qk-norm"), inputs=tokens, options=(("heads", 2),)),
     Row(
         "per-head-group",
-        "S012",
+        "sun2023",
         _per_head,
         aliases=("head-group", "multi-head"),
         inputs=tokens,
         options=(("heads", 2),),
     ),
-    Row("scale", "S036", _scale, aliases=("scalenorm",), inputs=tokens),
+    Row("scale", "nguyen2019", _scale, aliases=("scalenorm",), inputs=tokens),
     Row(
         "deep",
-        "S011",
+        "wang2022",
         _deep,
         aliases=("deepnorm",),
         parts=("token", "standardize", "affine", "current"),
@@ -163,7 +194,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "sandwich-layer",
-        "S011",
+        "ding2021",
         _sandwich,
         aliases=("sandwich-ln",),
         parts=("token, before and after a branch", "standardize", "affine", "current"),
@@ -171,25 +202,25 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "peri-layer",
-        "S036",
+        "kim2025",
         _peri,
         aliases=("peri-ln",),
         parts=("token, before and after a branch", "root mean square", "affine", "current"),
         inputs=tokens,
     ),
-    Row("layer-scale", "S011", _layer_scale, aliases=("layerscale",), inputs=tokens),
-    Row("dynamic-tanh", "S011", _dynamic_tanh, aliases=("dyt",), inputs=tokens),
-    Row("dynamic-erf", "S011", _dynamic_erf, aliases=("derf",), inputs=tokens),
+    Row("layer-scale", "touvron2021", _layer_scale, aliases=("layerscale",), inputs=tokens),
+    Row("dynamic-tanh", "zhu2025", _dynamic_tanh, aliases=("dyt",), inputs=tokens),
+    Row("dynamic-erf", "chen2025", _dynamic_erf, aliases=("derf",), inputs=tokens),
     Row(
         "global-response",
-        "S011",
+        "woo2023",
         _global_response,
         aliases=("grn",),
         parts=("channel of an instance", "divide by the mean norm", "affine, residual", "current"),
     ),
     Row(
         "adaptive-layer",
-        "S011",
+        "peebles2022",
         _adaptive_layer,
         aliases=("adaln",),
         inputs=styled_tokens,
@@ -197,10 +228,21 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "gated-rms",
-        "S036",
+        "dao2024",
         _gated,
         aliases=("gated",),
         parts=("token", "gate, then root mean square", "affine", "current"),
+        inputs=two_tokens,
+    ),
+    Row("simple-rms", "qin2023", _simple_rms, aliases=("srms",), inputs=tokens),
+    Row("depth-scaled", "sun2025", _depth_scaled, aliases=("lns",), inputs=tokens, options=(("depth", 4),)),
+    Row("self-rescaled", "cai2025", _self_rescaled, aliases=("seednorm",), inputs=tokens),
+    Row(
+        "hypersphere",
+        "loshchilov2024",
+        _hypersphere,
+        aliases=("ngpt",),
+        parts=("token", "unit length", "step towards a branch", "current"),
         inputs=two_tokens,
     ),
 )

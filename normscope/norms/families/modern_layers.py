@@ -270,3 +270,44 @@ class SandwichLayer(Normalization):
         z = self.before(x)
         y: Tensor = x + self.after(z if self.branch is None else self.branch(z, *arguments))
         return y
+
+
+class HypersphereNorm(Normalization):
+    """A step on the hypersphere in place of a residual connection: y = unit(h + |a| (unit(f(x)) - h)), h = unit(x).
+
+    unit divides each token by its length; a = weight * init / scale, so that a starts from init and learns at the pace
+    of `scale`.
+
+    Args:
+        num_features: number of channels, on the last axis.
+        init: initial step a.
+        scale: initial weight, None for 1 / sqrt(num_features).
+        eps: least length.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, num_features: int, init: float = 0.05, scale: float | None = None, eps: float = 1e-5) -> None:
+        """Register weight `(C,)`."""
+        super().__init__()
+        positive(eps, "eps", "an input of zeros would be divided by zero")
+        self.num_features, self.init, self.scale, self.eps = num_features, init, scale, eps
+        self.weight = nn.Parameter(torch.full((num_features,), self._start))
+
+    @property
+    def _start(self) -> float:
+        return float(self.num_features**-0.5 if self.scale is None else self.scale)
+
+    @property
+    def traits(self) -> Traits:
+        """It takes the branch f(x); each token stands alone."""
+        return Traits(scale_invariant=True, channels_last=True, condition="other")
+
+    @in_float
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor:
+        """Move `(N, *, C)` towards a branch of the same shape, or bring it to unit length alone."""
+        h = F.normalize(x, dim=-1, eps=self.eps)
+        if branch is None:
+            return h
+        step = (self.weight * (self.init / self._start)).abs()
+        return F.normalize(h + step * (F.normalize(branch.to(x.dtype), dim=-1, eps=self.eps) - h), dim=-1, eps=self.eps)

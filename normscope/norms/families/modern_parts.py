@@ -106,6 +106,50 @@ class LayerScale(Affine):
 
 
 @dataclass(frozen=True, repr=False)
+class DepthScaled(Affine):
+    """Divide by the root of the layer's depth: (y * weight + bias) / sqrt(depth), so that variance does not grow.
+
+    Attributes:
+        scale: there is a weight.
+        shift: there is a bias.
+        depth: place of the layer, from 1.
+    """
+
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a depth below 1 with an ArgumentError."""
+        positive(self.depth, "depth", "layers are counted from 1")
+
+    def gain(self, host: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and bias over the root of the depth."""
+        factor = self.depth**-0.5
+        weight, bias = super().gain(host)
+        return (weight if weight is None else weight * factor), (bias if bias is None else bias * factor)
+
+
+@dataclass(frozen=True, repr=False)
+class SelfRescaled(Recovery):
+    """Scale by a weight that follows the input: y * (weight + tanh(x . direction) rescale), x before normalization.
+
+    weight starts from 1, rescale from 1 and direction from 0, so that at first the scale is 1.
+    """
+
+    pointwise: ClassVar[bool] = False
+
+    def install(self, host: nn.Module, num_features: int | None) -> None:
+        """Register weight, rescale and direction, all `(C,)`."""
+        count = known_features(num_features, self)
+        for name, start in (("weight", 1.0), ("rescale", 1.0), ("direction", 0.0)):
+            host.register_parameter(name, nn.Parameter(torch.full((count,), start)))
+
+    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
+        """Scale."""
+        gate = torch.tanh((x * channels(host.direction, x, axis)).sum(axis, keepdim=True))
+        return y * (channels(host.weight, y, axis) + gate * channels(host.rescale, y, axis))
+
+
+@dataclass(frozen=True, repr=False)
 class Gain(Recovery):
     """Multiply everything by one learned number: y * weight.
 

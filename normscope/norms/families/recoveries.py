@@ -199,14 +199,14 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "self",
-        "S046",
+        "tang2021",
         make.selfnorm,
         aliases=("selfnorm",),
         parts=("instance", "scale", "gate from the statistics", "running of the gate"),
     ),
     Row(
         "crossed-instance",
-        "S046",
+        "tang2021",
         make.crossnorm,
         parts=("instance", "standardize", "statistics of another example", "current"),
         options=(("probability", 1.0),),

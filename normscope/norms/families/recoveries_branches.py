@@ -9,12 +9,11 @@ from normscope.core.errors import ArgumentError
 from normscope.norms.area import Batch, Instance
 from normscope.norms.families.branches import by_branch
 from normscope.norms.families.recoveries_condition import Sandwich
-from normscope.norms.families.recoveries_input import scaled
 from normscope.norms.layer import Norm, Normalization, in_float
 from normscope.norms.operation import Standardize
 from normscope.norms.part import Traits, divide
 from normscope.norms.population import Running
-from normscope.norms.recovery import Affine
+from normscope.norms.recovery import Affine, scaled
 
 
 class PassportNorm(Normalization):

@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from normscope.core.errors import ArgumentError
 from normscope.norms.area import spatial
-from normscope.norms.families.recoveries_input import scaled
 from normscope.norms.families.recoveries_moments import moments
 from normscope.norms.part import divide, known_features
-from normscope.norms.recovery import Affine, Conditional, Recovery, channels, mixed
+from normscope.norms.recovery import Affine, Conditional, Pair, Recovery, channels, mixed
 
 
 def needed(condition: Any, part: object, what: str) -> Tensor:
@@ -68,10 +67,10 @@ class Injected(Recovery):
 
     condition: ClassVar[str] = "style"
 
-    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
+    def coefficients(self, host: Any, x: Tensor, axis: int, condition: Any) -> Pair | None:
         """Scale and shift."""
-        scale, shift = scale_and_shift(condition, y.shape[axis], self)
-        return scaled(y, scale.to(y.dtype), shift.to(y.dtype), axis)
+        scale, shift = scale_and_shift(condition, x.shape[axis], self)
+        return scale.to(x.dtype), shift.to(x.dtype)
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,16 +85,16 @@ class StyleStatistics(Injected):
 
     eps: float = 1e-5
 
-    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
+    def coefficients(self, host: Any, x: Tensor, axis: int, condition: Any) -> Pair | None:
         """Scale and shift by the statistics of the style."""
         if not isinstance(condition, Tensor) or condition.ndim == 2:
-            return super().apply(host, y, x, axis, condition)
-        if condition.shape[1] != y.shape[1]:
+            return super().coefficients(host, x, axis, condition)
+        if condition.shape[1] != x.shape[1]:
             raise ArgumentError(
-                f"condition has shape {tuple(condition.shape)}: {self!r} needs a style with {y.shape[1]} channels."
+                f"condition has shape {tuple(condition.shape)}: {self!r} needs a style with {x.shape[1]} channels."
             )
-        mean, var = moments(spatial(condition.to(y.dtype)), unbiased=True)
-        return super().apply(host, y, x, axis, ((var + self.eps).sqrt(), mean))
+        mean, var = moments(spatial(condition.to(x.dtype)), unbiased=True)
+        return super().coefficients(host, x, axis, ((var + self.eps).sqrt(), mean))
 
 
 class EqualizedLinear(nn.Module):
@@ -162,13 +161,13 @@ class Modulated(Recovery):
             nn.init.zeros_(layer.bias)
         return layer
 
-    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
+    def coefficients(self, host: Any, x: Tensor, axis: int, condition: Any) -> Pair | None:
         """Scale and shift by the vector `(N, size)`."""
-        v = needed(condition, self, f"a vector of length {self.size} for each example").to(y.dtype)
+        v = needed(condition, self, f"a vector of length {self.size} for each example").to(x.dtype)
         v = F.silu(v) if self.silu else v
         v = host.trunk(v) if self.hidden and self.shared else v
         scale = host.to_scale(v) if self.shift else 1 + host.to_scale(v)
-        return scaled(y, scale, host.to_shift(v), axis)
+        return scale, host.to_shift(v)
 
 
 @dataclass(frozen=True, repr=False)
@@ -189,12 +188,12 @@ class Sandwich(Conditional):
         host.register_parameter("class_weight", nn.Parameter(self.init + noise))
         host.register_parameter("class_bias", nn.Parameter(torch.zeros(self.classes, count)))
 
-    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
+    def coefficients(self, host: Any, x: Tensor, axis: int, condition: Any) -> Pair | None:
         """Scale and shift by labels `(N,)`, or by weights over the classes `(N, classes)`."""
         labels = needed(condition, self, "labels (N,)")
-        mixing = labels.to(y.dtype) if labels.is_floating_point() else F.one_hot(labels, self.classes).to(y.dtype)
+        mixing = labels.to(x.dtype) if labels.is_floating_point() else F.one_hot(labels, self.classes).to(x.dtype)
         gain = mixing @ host.class_weight + self.offset
-        return scaled(y, gain * host.weight, gain * host.bias + mixing @ host.class_bias, axis)
+        return gain * host.weight, gain * host.bias + mixing @ host.class_bias
 
 
 @dataclass(frozen=True, repr=False)

@@ -74,17 +74,18 @@ class ClippedStandardize(Standardize):
         """Clip the extreme samples of each row."""
         flat = z.flatten(2)
         k = max(int(flat.shape[2] * self.tail), 1)
-        top, bottom = flat.topk(k, 2).values[..., -1:], flat.topk(k, 2, largest=False).values[..., -1:]
+        bottom, top = (flat.kthvalue(place, 2, keepdim=True).values for place in (k, flat.shape[2] - k + 1))
         return flat.clamp(bottom, top).reshape(z.shape)
 
     def measure(self, z: Tensor, average: Average = LOCAL) -> Stats:
-        """Take the statistics of the clipped values."""
-        return super().measure(self.clip(z), average)
+        """Take the statistics of the clipped values, and these, which are dear."""
+        clipped = self.clip(z)
+        return super().measure(clipped, average) | {"clipped": clipped}
 
     def coefficients(self, stats: Stats) -> None:
         """Return None: clipping is not linear."""
 
     def apply(self, z: Tensor, stats: Stats) -> Tensor:
         """Standardize the clipped values."""
-        z = self.clip(z)
+        z = stats["clipped"] if "clipped" in stats else self.clip(z)
         return (z - rows(stats["mean"], z)) * rows(self._inverse(stats["var"]), z)

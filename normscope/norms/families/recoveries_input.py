@@ -10,26 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
-from normscope.norms.affine import scale_shift
 from normscope.norms.area import Batch, Group, spatial
 from normscope.norms.families.recoveries_moments import moments
 from normscope.norms.layer import Norm
 from normscope.norms.operation import Standardize
 from normscope.norms.part import known_features, positive, require
 from normscope.norms.population import Running
-from normscope.norms.recovery import Affine, Recovery, channels
+from normscope.norms.recovery import Affine, Pair, Recovery
 
 
 def positions(x: Tensor, axis: int) -> Tensor:
     """Reorder to `(N, C, L)`, whatever the channel axis."""
     return spatial(x if axis == 1 else x.movedim(-1, 1))
-
-
-def scaled(y: Tensor, scale: Tensor, shift: Tensor, axis: int) -> Tensor:
-    """Return y * scale + shift, values `(C,)` or `(N, C)`."""
-    if axis == -1:
-        return y * channels(scale, y, axis) + channels(shift, y, axis)
-    return scale_shift(y, scale.reshape(-1, y.shape[1]), shift.reshape(-1, y.shape[1]))
 
 
 def several(count: int, x: Tensor, part: object) -> None:
@@ -65,10 +57,10 @@ class InstanceEnhancement(Recovery):
         host.register_parameter("gate_weight", nn.Parameter(torch.zeros(count)))
         host.register_parameter("gate_bias", nn.Parameter(torch.full((count,), self.gate)))
 
-    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
+    def coefficients(self, host: Any, x: Tensor, axis: int, condition: Any) -> Pair | None:
         """Scale by the gated gain and shift."""
         gate = torch.sigmoid(positions(x, axis).mean(2) * host.gate_weight + host.gate_bias)
-        return scaled(y, host.weight * gate, host.bias, axis)
+        return host.weight * gate, host.bias
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,7 +96,7 @@ class InstanceMeta(Recovery):
         host.add_module("to_scale", nn.Linear(self.hidden, self.keys, bias=False))
         host.add_module("to_shift", nn.Linear(self.hidden, self.keys, bias=False))
 
-    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
+    def coefficients(self, host: Any, x: Tensor, axis: int, condition: Any) -> Pair | None:
         """Predict scale and shift and use them."""
         z = Group(self.keys).split(x if axis == 1 else x.movedim(-1, 1)).flatten(2)
         if self.unbiased:
@@ -116,7 +108,7 @@ class InstanceMeta(Recovery):
         shift = torch.tanh(host.to_shift(torch.relu(host.embed(second))))
         scale = scale.repeat_interleave(size, 1) + host.weight
         shift = shift.repeat_interleave(size, 1) + host.bias
-        return scaled(y, scale, shift, axis)
+        return scale, shift
 
 
 class HardSigmoid(nn.Module):
@@ -187,13 +179,13 @@ class Attentive(Recovery):
         host.register_parameter("bias", nn.Parameter(0.1 * torch.randn(self.mixtures, count)))
         host.add_module("attention", attention(self.kind, count, self.mixtures))
 
-    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
+    def coefficients(self, host: Any, x: Tensor, axis: int, condition: Any) -> Pair | None:
         """Weigh the mixtures and use their sum."""
         z = positions(x, axis)
         several(z.shape[2], x, self)
         mean, var = moments(z, unbiased=True)
         weights = host.attention(mean * (var + 1e-3).rsqrt())
-        return scaled(y, weights @ host.weight, weights @ host.bias, axis)
+        return weights @ host.weight, weights @ host.bias
 
 
 @dataclass(frozen=True, repr=False)
@@ -231,7 +223,7 @@ class Utterance(Recovery):
             nn.init.constant_(layer.bias, start)
             host.add_module(name, layer)
 
-    def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
+    def coefficients(self, host: Any, x: Tensor, axis: int, condition: Any) -> Pair | None:
         """Scale and shift by the summary of the sequence."""
         sequence = positions(x, axis).mT
         if self.features:
@@ -240,6 +232,6 @@ class Utterance(Recovery):
                 raise ArgumentError(
                     f"condition={found!r}: {self!r} needs a sequence (N, L, {self.features}); call layer(x, sequence)."
                 )
-            sequence = condition.to(y.dtype)
+            sequence = condition.to(x.dtype)
         a = torch.tanh(host.summary(sequence)).mean(1)
-        return scaled(y, host.to_scale(a), host.to_shift(a), axis)
+        return host.to_scale(a), host.to_shift(a)
