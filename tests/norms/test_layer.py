@@ -193,16 +193,18 @@ RANKS = """
         torch.testing.assert_close(y, whole(x)[cut], rtol=1e-9, atol=1e-9)
         (grad,) = torch.autograd.grad((y * w[cut]).sum(), x)
         torch.testing.assert_close(grad[cut], grads, rtol=1e-9, atol=1e-9)
-        # the gradients of all ranks' parameters add up to those of one process
-        joined = torch.autograd.grad((whole(x) * w).sum(), list(whole.parameters()))
-        shares = torch.autograd.grad((part(x[cut]) * w[cut]).sum(), list(part.parameters()))
-        for expected, share in zip(joined, shares):
-            dist.all_reduce(share)
-            torch.testing.assert_close(share, expected, rtol=1e-9, atol=1e-9)
         whole = make().double()
         whole(x)
         for mine, its in zip(part.buffers(), whole.buffers()):
             torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-9)
+        # the gradients of all ranks' parameters add up to those of one process
+        whole.zero_grad()
+        (whole(x) * w).sum().backward()
+        part.zero_grad()
+        (part(x[cut]) * w[cut]).sum().backward()
+        for (name, mine), its in zip(part.named_parameters(), whole.parameters()):
+            dist.all_reduce(mine.grad)
+            torch.testing.assert_close(mine.grad, its.grad, rtol=1e-9, atol=1e-9, msg=lambda m: f"{place} {name} {m}")
     dist.destroy_process_group()
 """
 MAKERS = """[
