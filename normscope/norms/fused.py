@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from normscope.norms.affine import scale_shift
 from normscope.norms.area import Area, Batch, Group, Instance, Layer, Position
 from normscope.norms.operation import RMS, Operation, Standardize
 from normscope.norms.population import Current, Population, Running
@@ -101,13 +102,21 @@ def _rms_norm(host: Any, x: Tensor, axis: int) -> Tensor:
     weight, _ = _parameters(host)
     if weight is not None and weight.dtype != x.dtype:
         return _rms_norm(host, x.to(weight.dtype), axis).to(x.dtype)
-    if type(host.area) is Layer and axis == 1 and x.ndim > 2:
-        y = F.rms_norm(x, x.shape[1:], None, host.eps)
-        return y if weight is None else y * weight.reshape(-1, *(1,) * (x.ndim - 2))
-    z = x.movedim(1, -1) if axis == 1 else x
+    if axis == 1 and x.ndim > 2:
+        return _rms_of_maps(host, x)
     dims = getattr(host.area, "dims", 0) or 1
-    y = F.rms_norm(z, z.shape[z.ndim - dims :], weight, host.eps)
-    return y.movedim(-1, 1) if axis == 1 else y
+    return F.rms_norm(x, x.shape[x.ndim - dims :], weight, host.eps)
+
+
+def _rms_of_maps(host: Any, x: Tensor) -> Tensor:
+    """Divide `(N, C, *)` by the root mean square of an example, or of a position; torch's kernel would copy them."""
+    if type(host.area) is Layer:
+        return cast(Tensor, host._composed(x, 1, None))
+    weight, _ = _parameters(host)
+    z = x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
+    square = torch.linalg.vector_norm(z, dim=1, keepdim=True).square() / x.shape[1]
+    y = (z * (square + host.eps).rsqrt()).to(x.dtype)
+    return y if weight is None else scale_shift(y, weight.unsqueeze(0), None)
 
 
 def suits(x: Tensor, weight: Tensor | None) -> bool:
