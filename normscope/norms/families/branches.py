@@ -7,8 +7,35 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from normscope.core.errors import ArgumentError
 from normscope.norms.area import Instance
 from normscope.norms.average import LOCAL, Average
+
+
+def members(domain: Tensor | int | None, count: int, domains: int, default: int | None) -> Tensor:
+    """Return the domain of each example `(N,)`.
+
+    Args:
+        domain: labels `(N,)`, one domain for the whole batch, or None for the default.
+        count: N.
+        domains: number of domains.
+        default: the domain that None stands for; None if there is none.
+
+    Returns:
+        The labels.
+
+    Raises:
+        ArgumentError: there is no domain, not one for each example, or one out of range.
+    """
+    chosen = default if domain is None else domain
+    if chosen is None:
+        raise ArgumentError(f"domain=None: say which of the {domains} domains an example is from, layer(x, labels).")
+    labels = torch.as_tensor(chosen).reshape(-1)
+    if labels.numel() not in {1, count}:
+        raise ArgumentError(f"domain has {labels.numel()} labels for a batch of {count}; give one for each, or one.")
+    if int(labels.min()) < 0 or int(labels.max()) >= domains:
+        raise ArgumentError(f"domain={labels.tolist()} must be from 0 to {domains - 1}; build with more domains.")
+    return labels.expand(count)
 
 
 def present(part: Tensor, average: Average, training: bool) -> bool:

@@ -5,21 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normscope.norms.families.domain_branches import (
-    AutoDial,
-    DomainAgnosticNorm,
-    DomainNorm,
-    DomainOptimizedNorm,
-    GatedBatchNorm,
-    SwitchableWidthNorm,
-)
+from normscope.norms.families.domain_borrowed import AdversarialStatisticsNorm, BorrowingNorm, PopArt
+from normscope.norms.families.domain_branches import DomainAgnosticNorm, DomainNorm, SwitchableWidthNorm
+from normscope.norms.families.domain_moments import AutoDial, DomainOptimizedNorm, GatedBatchNorm
 from normscope.norms.families.domain_shared import (
-    AdversarialStatisticsNorm,
-    BorrowingNorm,
     DomainInvariantNorm,
     FineGrainedNorm,
     MetaNorm,
-    PopArt,
     SeparableNorm,
     TransferableNorm,
 )
