@@ -66,7 +66,7 @@ WORK = {name: work for work, names in OTHERS.items() for name in names.split()} 
     "fine-grained-batch": Work("two partial sums; moments of each; their sum", 8, 8, 3 * 64),
     "isotropic-batch": Work("covariance for later; y = a x", 3, 2, 64),
     "recurrent-batch-input": Work("W x; moments", 5, 7, 3 * 64),
-    "dynamic-instance": Work("moments; mix the channels by a matrix of the example", 5, 8, 3 * 64),
+    "dynamic-instance": Work("moments; a 3 x 3 convolution of the example", 5, 8, 3 * 9 * 64),
     "adaptive-convolution": Work("moments of windows; a 3 x 3 convolution of the example", 8, 12, 3 * 9 * 64),
     "iterative": whitening(64),
     "population-estimation": whitening(64),
@@ -83,6 +83,7 @@ WORK = {name: work for work, names in OTHERS.items() for name in names.split()} 
     "groupwise-whitening-coloring": Work("mean; mix 16 features; the gradients", 3, 5, 3 * 16),
     "domain-whitening": whitening(4),
     "group-whitening": whitening(32),
+    # in seconds the slowest row; its convolutions are those of any network
     "spatially-adaptive": Work("moments; y = a x + b, a and b from convolutions", 5, 9, 3 * 9 * (2 * 128 + 6)),
 }
 

@@ -26,13 +26,14 @@ from tests.benchmarks.arithmetic import work
 
 SHAPES = {"maps": (64, 64, 32, 32), "tokens": (8, 128, 256)}
 # settings that tests make small; the benchmark takes the method's own
-SMALL = {"groups", "group_size", "block", "examples", "window"}
+SMALL = {"groups", "group_size", "block", "examples", "window", "hidden", "entities"}
 FIELDS = {
     "shape": "maps (64, 64, 32, 32) or tokens (8, 128, 256)",
     "name": "row of the zoo",
     "milliseconds": "forward and backward",
     "times_batch_norm": "that over nn.BatchNorm2d",
     "times_needed": "that over what its arithmetic needs",
+    "times_paced": "the same with passes at the pace of nn.BatchNorm2d, which makes 8",
     "needed_milliseconds": "passes x bytes / bandwidth + products / product rate + functions",
     "passes": "tensors read or written, forward + backward",
     "columns": "multiplications and additions in products for each entry",
@@ -108,8 +109,8 @@ def widened(value, small, large):
         return value
     value = value.float() if value.is_floating_point() else value
     for axis, size in enumerate(value.shape):
-        # examples, and positions where the input has as many axes
-        counted = axis == 0 or (1 < axis < len(small) == len(large))
+        # examples, and the other axes where the input has as many
+        counted = axis == 0 or axis < len(small) == len(large)
         if counted and size == small[axis]:
             value = value.index_select(axis, torch.arange(large[axis]) % size)
     return value
@@ -215,7 +216,8 @@ def measure(shape, names, rounds):
         used = ["pass", *(["column"] if task.columns else []), *dict.fromkeys(task.functions)]
         cases = [functools.partial(once, layer, x, weights, extra) for layer, extra in layers]
         found = interleaved([*cases, *(clocks[name] for name in used)], rounds if beside is None else 5 * rounds)
-        least = needed(task, dict(zip(used, found[len(cases) :], strict=True)))
+        rate = dict(zip(used, found[len(cases) :], strict=True))
+        least, paced = needed(task, rate), needed(task, rate | {"pass": found[0] / 8})
         most = peak(layer, x, extra)
         yield {
             "shape": shape,
@@ -223,6 +225,7 @@ def measure(shape, names, rounds):
             "milliseconds": round(1e3 * found[1], 3),
             "times_batch_norm": round(found[1] / found[0], 2),
             "times_needed": round(found[1] / least, 2),
+            "times_paced": round(found[1] / paced, 2),
             "needed_milliseconds": round(1e3 * least, 3),
             "passes": f"{task.forward}+{task.backward}",
             "columns": task.columns,
@@ -263,8 +266,8 @@ def draw(lines, path):
         axis.set_ylim(-1, len(found))
         axis.tick_params(axis="y", labelsize=7)
     axes[0].legend(
-        ["beside nn.BatchNorm2d", "beside what its arithmetic needs", "equal", "limit beside the arithmetic: 3"],
-        handles=[axes[0].lines[0], axes[0].lines[1], axes[0].lines[2], axes[0].lines[3]],
+        handles=axes[0].lines,
+        labels=["beside nn.BatchNorm2d", "beside what its arithmetic needs", "equal", "limit for the arithmetic: 3"],
         loc="lower right",
         fontsize=8,
     )
