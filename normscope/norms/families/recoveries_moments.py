@@ -1,38 +1,10 @@
-"""Moments over space in few passes, with a gradient written by hand that can be differentiated again."""
+"""Moments over space."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from normscope.norms.average import LOCAL
-
-
-class _MeanSquare(torch.autograd.Function):
-    """Mean of z^2 over the last axis; no square is ever stored."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z: Tensor) -> Tensor:
-        result: Tensor = torch.linalg.vector_norm(z, dim=-1).square() / z.shape[-1]
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (z,) = ctx.saved_tensors
-        result: Tensor = z * (grad * (2 / z.shape[-1])).unsqueeze(-1)
-        return result
-
-
-mean_square: Callable[[Tensor], Tensor] = _MeanSquare.apply
 
 
 def moments(z: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
@@ -45,6 +17,7 @@ def moments(z: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
     Returns:
         Mean and variance, each `(N, C)`.
 
+    >>> import torch
     >>> moments(torch.tensor([[[1.0, 1.0, 3.0, 3.0]]]))
     (tensor([[2.]]), tensor([[1.]]))
     """
