@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
+from normscope.core.estimate import Status
 from normscope.core.figure import Figure
 from normscope.core.record import Record
 from normscope.figures.frames import MOST_CURVES, by_step, curve, over_depth, tidy
@@ -18,7 +19,9 @@ _ROUNDING = 1e-8  # of the largest eigenvalue; what is smaller is rounding in fl
 
 
 def _kappa(record: Record, sites: tuple[str, ...], factor: str) -> pd.DataFrame:
-    kappa = conditioning.condition_numbers(record, factor=factor, carried=True)
+    judged = conditioning.conditions(record, factor=factor)
+    few = judged.loc[[status is Status.FEW_SAMPLES for status in judged["status"]], "site"]
+    kappa = conditioning.condition_numbers(record, factor=factor, carried=True).drop(columns=few, errors="ignore")
     return _depth(kappa, sites, KAPPA.columns, "input" if factor == "input" else "output")
 
 
@@ -72,7 +75,8 @@ KAPPA = Figure(
     x_label=_LAYERS,
     y_label="largest over median eigenvalue, κ₅₀",
     reading="Gradient descent needs about as many steps as this number: a level curve is healthy, one that climbs with "
-    "depth calls for normalization. Gaps: the median eigenvalue is zero.",
+    "depth calls for normalization. Gaps: the median eigenvalue is zero. Left out: layers with less than two samples a "
+    "feature.",
     log_y=True,
     rules=(_NAMED,),
 )
