@@ -58,7 +58,7 @@ def measure(
     groups = {parts.groups for parts in norms.values() if parts.groups}
     if not tried:
         return {"batch": []}
-    held, batch, rows = _Held(problem), _first(problem.batches[0]), []
+    held, batch, rows = _Held(problem), _first(problem.take(1)[0]), []
     with undisturbed(problem.model):
         for name, module in problem.model.named_modules():
             module.training = module.training and name in norms and norms[name].has_running

@@ -43,7 +43,8 @@ def measure(problem: Problem, norms: Mapping[str, NormParts], batch: int) -> dic
         batches hold a single sample.
     """
     layers = crossing(problem.model, norms)
-    held = layout.batch_size((problem.batches[0],), {})
+    (first,) = problem.take(1)
+    held = layout.batch_size((first,), {})
     rows: dict[str, Row] = {}
     if not layers or held < 2 or batch < 2:
         return {}
@@ -58,7 +59,7 @@ def measure(problem: Problem, norms: Mapping[str, NormParts], batch: int) -> dic
 
     busy: set[str] = set()
     with with_batch_statistics(problem.model, layers), hooks.listening(layers, listen, inputs=True):
-        problem.forward(problem.model, problem.batches[0])
+        problem.forward(problem.model, first)
     return {"noise": list(rows.values())}
 
 

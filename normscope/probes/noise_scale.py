@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from normscope.core.site import Site
-from normscope.linalg.problem import Problem
+from normscope.linalg.problem import HELD, Problem
 from normscope.norms.recognize import NormParts
 from normscope.probes import layout
 from normscope.probes.noise import crossing, with_batch_statistics
@@ -43,7 +43,7 @@ def measure(problem: Problem, norms: Mapping[str, NormParts], batch: int) -> dic
         One row of the whole model in phase "noise"; none where there are too few samples.
     """
     layers = crossing(problem.model, norms)
-    parts, chunk = chunks(problem.batches, batch if layers else 1)
+    parts, chunk = chunks(problem.take(HELD), batch if layers else 1)
     held = [p for p in problem.model.parameters() if p.requires_grad and p.is_floating_point()]
     if len(parts) < FEWEST or not held or (layers and chunk < 2):
         return {}
