@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from normscope.probes.disturbance import snd
     from normscope.report import write_report
     from normscope.scope.attach import Scope, attach
+    from normscope.scope.examine import examine
 
 _PACKAGES = ("gradients", "norms", "weights")
 _NAMES = {
@@ -35,6 +36,7 @@ _NAMES = {
     "diagnose": "normscope.diagnostics",
     "diagonal": "normscope.linalg.trace",
     "eigenpairs": "normscope.linalg.extremal",
+    "examine": "normscope.scope.examine",
     "layerwise": "normscope.linalg.layerwise",
     "load": "normscope.core.reading",
     "spectrum": "normscope.linalg.spectrum",
@@ -56,6 +58,7 @@ __all__ = [
     "diagnose",
     "diagonal",
     "eigenpairs",
+    "examine",
     "gradients",
     "layerwise",
     "load",

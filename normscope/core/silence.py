@@ -6,25 +6,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_SILENT: ContextVar[bool] = ContextVar("silent", default=False)
+_NOBODY = object()
+_HEARD: ContextVar[object] = ContextVar("heard", default=None)  # None: everybody hears
 
 
 @contextmanager
-def silence() -> Iterator[None]:
+def silence(but: object = _NOBODY) -> Iterator[None]:
     """Keep hooks of attached scopes quiet while the context lasts.
+
+    Args:
+        but: the one listener that hears nevertheless.
 
     Yields:
         Nothing.
     """
-    token = _SILENT.set(True)
+    token = _HEARD.set(but)
     try:
         yield
     finally:
-        _SILENT.reset(token)
+        _HEARD.reset(token)
 
 
-def is_silent() -> bool:
-    """Tell whether the model is run by the toolkit itself.
+def is_silent(listener: object = None) -> bool:
+    """Tell whether the model is run by the toolkit itself, for others than this listener.
+
+    Args:
+        listener: who asks.
 
     Returns:
         Whether it is.
@@ -35,4 +42,5 @@ def is_silent() -> bool:
     >>> is_silent()
     False
     """
-    return _SILENT.get()
+    heard = _HEARD.get()
+    return heard is not None and heard is not listener

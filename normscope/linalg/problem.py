@@ -102,7 +102,7 @@ class Problem:
         self._patterns = (parameters,) if isinstance(parameters, str) else parameters
         self._selected()
         self.batches = _checked_batches(model, batches, held)
-        self._dropping = sum(_drops(module) for module in self._inner.modules())
+        self._dropping = sum(drops(module) for module in self._inner.modules())
         self._unused: tuple[str, ...] | None = None
         self._hessian: Operator | None = None
 
@@ -226,7 +226,7 @@ class Problem:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             for module in model.modules():  # not train(): an overridden one may merge weights or freeze layers
-                module.training = self.mode == "train" and not _drops(module)
+                module.training = self.mode == "train" and not drops(module)
             yield _Call(self, model).evaluate
 
     def each(self) -> Iterator[Any]:
@@ -310,7 +310,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return _unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
-def _drops(module: nn.Module) -> bool:
+def drops(module: nn.Module) -> bool:
     """Tell whether a module itself drops at random: a rate that is named so, as in Dropout or attention layers."""
     kind = type(module).__name__.lower()
     dropper = "drop" in kind or "stochasticdepth" in kind

@@ -15,11 +15,12 @@ from normscope.core.silence import silence
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module, heard: object = None) -> Iterator[None]:
     """Restore modes, buffers and every random state at the end, also after an error; attached scopes hear nothing.
 
     Args:
         model: the model that runs inside.
+        heard: the one listener that hears nevertheless, None for nobody.
 
     Yields:
         Nothing.
@@ -27,7 +28,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     held = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        with random_states(model), silence():
+        with random_states(model), silence() if heard is None else silence(heard):
             yield
     finally:
         for module, training, registered in held:

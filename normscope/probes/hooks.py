@@ -66,7 +66,7 @@ class _PassHook(_Hook):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
-        if module is self.root and not _transformed():
+        if module is self.root and not is_silent(self.watcher) and not _transformed():
             with _outside_modes():
                 self.watcher.on_pass(args, kwargs, module.training)
 
@@ -76,7 +76,7 @@ class _ForwardHook(_Hook):
         self.watcher, self.name, self.module = watcher, name, module
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        if self.watcher.active and module is self.module and not _transformed():
+        if self.watcher.active and module is self.module and not is_silent(self.watcher) and not _transformed():
             *kwargs, output = rest  # tools that move hooks between modules lose their with_kwargs mark
             with _outside_modes():
                 self.watcher.on_forward(self.name, module, args, kwargs[0] if kwargs else {}, output)
@@ -123,7 +123,6 @@ def _transformed() -> bool:
         or torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or (torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_FAKE) is not None)
-        or is_silent()
     )
 
 

@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import atexit
 import numbers
-import platform
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 import normscope  # what judges is resolved when asked for: it loads pandas and scipy, training should not
-from normscope.core.errors import ArgumentError, unknown_name
-from normscope.core.store import Store, check_run
+from normscope.core.errors import ArgumentError
 from normscope.linalg.problem import Problem
-from normscope.norms.recognize import find_norms
-from normscope.probes import parameters
 from normscope.probes.hooks import Hooks
-from normscope.scope.session import ON_REQUEST, PROBES, Session
+from normscope.scope.session import Session
+from normscope.scope.watch import Layers, unwrapped, watch
 
 if TYPE_CHECKING:
     from normscope.core.finding import Finding
     from normscope.core.record import Record
-
-Layers = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
 
 class Scope:
@@ -165,7 +154,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model={type(model).__name__} must be a torch.nn.Module.")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentError(
             f"model={type(model).__name__} is scripted and takes no hooks; attach to the module it was made from."
@@ -173,50 +162,29 @@ def attach(
     optimizers = _checked_optimizers(model, optimizer)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ArgumentError(f"every={every!r} must be a whole number of steps, at least 1; the default is 10.")
-    _check_reduction(reduction)
     if problem is not None and not isinstance(problem, Problem):
         raise ArgumentError(
             f"problem={type(problem).__name__} must be normscope.Problem(model, loss, batches), or None."
         )
-    if problem is not None and _unwrapped(problem.model) is not model:
+    if problem is not None and unwrapped(problem.model) is not model:
         raise ArgumentError(
             f"problem holds another model, a {type(problem.model).__name__}; make it from the model that is attached "
             "to, and pass forward=lambda model, batch: (output, target) if its call differs."
         )
     if scaler is not None and not hasattr(scaler, "get_scale"):
         raise ArgumentError(f"scaler={type(scaler).__name__} must be a torch.amp.GradScaler, or None.")
-    chosen = _checked_probes(probes)
-    modules = _selected(model, layers)
-    norms = {name: parts for name, parts in find_norms(model).items() if name in modules}
-    owned = {name: p for name, p in parameters.named(model).items() if _owner(name) in modules}
-    check_run(run)
-    path = None if run is None else Path(run).resolve()  # the program may change its folder
-    name = "run" if path is None else path.name
-    facts = {
-        "every": every,
-        "reduction": reduction,
-        "probes": list(chosen),
-        "problem": problem is not None,
-        "model": type(model).__name__,
-        "parameters": sum(p.numel() for p in parameters.named(model).values() if not is_lazy(p)),
-        "modules": len(modules),
-        "norms": len(norms),
-    }
-    store = Store(path, name, _provenance(model) | facts)
-    session = Session(
-        modules,
-        norms,
-        owned,
+    watched = watch(
+        model,
         optimizers,
-        store,
+        run=run,
         every=every,
-        probes=chosen,
+        layers=layers,
+        probes=probes,
         problem=problem,
         scaler=scaler,
         reduction=reduction,
     )
-    hooks = Hooks(session, model, modules.items(), optimizers)
-    return Scope(session, hooks, path, f"{type(model).__name__}, {len(modules)} modules, {len(norms)} norms")
+    return Scope(*watched)
 
 
 def _number(argument: str, value: Any) -> Any:
@@ -226,12 +194,6 @@ def _number(argument: str, value: Any) -> Any:
     if value is None or isinstance(value, numbers.Real):
         return value if value is None else float(value)
     raise ArgumentError(f"{argument}={value!r} must be a number or a tensor of one element, or None.")
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module behind torch.compile's wrapper, whose names and hooks are the user's."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def _checked_optimizers(model: nn.Module, optimizer: object) -> tuple[torch.optim.Optimizer, ...]:
@@ -260,90 +222,3 @@ def _checked_optimizers(model: nn.Module, optimizer: object) -> tuple[torch.opti
                 "model.parameters()."
             )
     return optimizers
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum"):
-        raise unknown_name("reduction", reduction, ("mean", "sum"), "It says how the loss joins the samples.")
-
-
-def _checked_probes(probes: str | Iterable[str] | None) -> tuple[str, ...]:
-    if probes is None:
-        return PROBES
-    options = PROBES + ON_REQUEST
-    if not isinstance(probes, Iterable):
-        raise ArgumentError(f"probes={probes!r} must be a name or a sequence of names; options: {', '.join(options)}.")
-    chosen = (probes,) if isinstance(probes, str) else tuple(probes)
-    for probe in chosen:
-        if probe not in options:
-            raise unknown_name("probes", probe, options)
-    if not chosen:
-        raise ArgumentError(f"probes=() is empty; options: {', '.join(options)}; None takes all.")
-    return chosen
-
-
-def _selected(model: nn.Module, layers: Layers | None) -> dict[str, nn.Module]:
-    """Return the watched modules by name: no parametrizations, whose outputs are weights."""
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if "parametrizations" not in name.split(".") and not isinstance(module, torch.jit.ScriptModule)
-    }
-    if layers is None:
-        return modules
-    wanted = (layers,) if isinstance(layers, (str, type)) or not isinstance(layers, Iterable) else tuple(layers)
-    if not wanted:
-        raise ArgumentError(f"layers={layers!r} is empty; None watches all layers.")
-    roots: set[str] = set()
-    for want in wanted:
-        if isinstance(want, str):
-            found = {name for name in modules if fnmatchcase(name, want)}
-        elif isinstance(want, type) and issubclass(want, nn.Module):
-            found = {name for name, module in modules.items() if isinstance(module, want)}
-        else:
-            raise ArgumentError(f"layers={want!r} must be a glob over module paths or a subclass of torch.nn.Module.")
-        if not found:
-            options = sorted({*modules, *(type(module).__name__ for module in modules.values())} - {""})
-            raise unknown_name("layers", want, options, "It matches no module; a glob is matched against whole paths.")
-        roots |= found
-    return {name: module for name, module in modules.items() if any(_below(name, root) for root in roots)}
-
-
-def _below(name: str, root: str) -> bool:
-    return name == root or not root or name.startswith(root + ".")
-
-
-def _owner(parameter: str) -> str:
-    return parameter.rpartition(".")[0].partition(".parametrizations")[0]
-
-
-def _provenance(model: nn.Module) -> dict[str, object]:
-    device = next((str(p.device) for p in model.parameters()), "cpu")
-    return {
-        "versions": {
-            "normscope": _version("normscope"),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        "seed": torch.initial_seed(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "revision": _revision(),
-        "command": " ".join(sys.argv),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _revision() -> str:
-    command = ("git", "rev-parse", "--short", "HEAD")
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

@@ -162,6 +162,14 @@ class Session:
         if len(self._stepped) == len(self._optimizers):
             self._end_step(skipped=False)
 
+    def look(self, holder: torch.optim.Optimizer) -> None:
+        """End a step in which nothing was trained; an optimizer that never steps holds what has gradients."""
+        try:
+            self._read_gradients(holder)
+        except Exception as error:  # the look goes on
+            self.fail("parameters", "", error)
+        self._end_step(skipped=False)
+
     @property
     def forked(self) -> bool:
         """Whether this is a child process: the record belongs to its parent."""

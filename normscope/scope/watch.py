@@ -1,0 +1,172 @@
+"""Watch: what a model, its layers and its norms are to a session, and the session's hooks on them."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from normscope.core.errors import ArgumentError, unknown_name
+from normscope.core.store import Store, check_run
+from normscope.linalg.problem import Problem
+from normscope.norms.recognize import find_norms
+from normscope.probes import parameters
+from normscope.probes.hooks import Hooks
+from normscope.scope.session import ON_REQUEST, PROBES, Session
+
+Layers = str | type[nn.Module] | Iterable[str | type[nn.Module]]
+
+
+def watch(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    run: str | Path | None,
+    every: int,
+    layers: Layers | None,
+    probes: str | Iterable[str] | None,
+    problem: Problem | None,
+    scaler: Any,
+    reduction: str,
+    name: str = "run",
+) -> tuple[Session, Hooks, Path | None, str]:
+    """Begin a record and put the hooks on a model; the arguments are those of `attach`.
+
+    Returns:
+        The session, its hooks, the folder of the record, and a few words on what is watched.
+    """
+    _check_reduction(reduction)
+    chosen = _checked_probes(probes)
+    modules = _selected(model, layers)
+    norms = {name: parts for name, parts in find_norms(model).items() if name in modules}
+    owned = {name: p for name, p in parameters.named(model).items() if _owner(name) in modules}
+    check_run(run)
+    path = None if run is None else Path(run).resolve()  # the program may change its folder
+    facts = {
+        "every": every,
+        "reduction": reduction,
+        "probes": list(chosen),
+        "problem": problem is not None,
+        "model": type(model).__name__,
+        "parameters": sum(p.numel() for p in parameters.named(model).values() if not is_lazy(p)),
+        "modules": len(modules),
+        "norms": len(norms),
+    }
+    store = Store(path, name if path is None else path.name, _provenance(model) | facts)
+    session = Session(
+        modules,
+        norms,
+        owned,
+        optimizers,
+        store,
+        every=every,
+        probes=chosen,
+        problem=problem,
+        scaler=scaler,
+        reduction=reduction,
+    )
+    hooks = Hooks(session, model, modules.items(), optimizers)
+    return session, hooks, path, f"{type(model).__name__}, {len(modules)} modules, {len(norms)} norms"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module behind torch.compile's wrapper, whose names and hooks are the user's."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise unknown_name("reduction", reduction, ("mean", "sum"), "It says how the loss joins the samples.")
+
+
+def _checked_probes(probes: str | Iterable[str] | None) -> tuple[str, ...]:
+    if probes is None:
+        return PROBES
+    options = PROBES + ON_REQUEST
+    if not isinstance(probes, Iterable):
+        raise ArgumentError(f"probes={probes!r} must be a name or a sequence of names; options: {', '.join(options)}.")
+    chosen = (probes,) if isinstance(probes, str) else tuple(probes)
+    for probe in chosen:
+        if probe not in options:
+            raise unknown_name("probes", probe, options)
+    if not chosen:
+        raise ArgumentError(f"probes=() is empty; options: {', '.join(options)}; None takes all.")
+    return chosen
+
+
+def _selected(model: nn.Module, layers: Layers | None) -> dict[str, nn.Module]:
+    """Return the watched modules by name: no parametrizations, whose outputs are weights."""
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if "parametrizations" not in name.split(".") and not isinstance(module, torch.jit.ScriptModule)
+    }
+    if layers is None:
+        return modules
+    wanted = (layers,) if isinstance(layers, (str, type)) or not isinstance(layers, Iterable) else tuple(layers)
+    if not wanted:
+        raise ArgumentError(f"layers={layers!r} is empty; None watches all layers.")
+    roots: set[str] = set()
+    for want in wanted:
+        if isinstance(want, str):
+            found = {name for name in modules if fnmatchcase(name, want)}
+        elif isinstance(want, type) and issubclass(want, nn.Module):
+            found = {name for name, module in modules.items() if isinstance(module, want)}
+        else:
+            raise ArgumentError(f"layers={want!r} must be a glob over module paths or a subclass of torch.nn.Module.")
+        if not found:
+            options = sorted({*modules, *(type(module).__name__ for module in modules.values())} - {""})
+            raise unknown_name("layers", want, options, "It matches no module; a glob is matched against whole paths.")
+        roots |= found
+    return {name: module for name, module in modules.items() if any(_below(name, root) for root in roots)}
+
+
+def _below(name: str, root: str) -> bool:
+    return name == root or not root or name.startswith(root + ".")
+
+
+def _owner(parameter: str) -> str:
+    return parameter.rpartition(".")[0].partition(".parametrizations")[0]
+
+
+def _provenance(model: nn.Module) -> dict[str, object]:
+    device = next((str(p.device) for p in model.parameters()), "cpu")
+    return {
+        "versions": {
+            "normscope": _version("normscope"),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "seed": torch.initial_seed(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "revision": _revision(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _revision() -> str:
+    command = ("git", "rev-parse", "--short", "HEAD")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
