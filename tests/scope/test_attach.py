@@ -199,7 +199,10 @@ def test_layers(layers, modules):
     [
         ("moments", {"mean", "var", "rms", "count", "nonfinite", "dead"}),
         (["tails"], {"max", "zeros", "kurtosis", "sample_n"}),
-        (("parameters",), {"norm", "rms"}),
+        (
+            ("parameters",),
+            {"norm", "rms", "relative", "radial", "angle", "cosine", "row_norm", "row_cosine"},
+        ),
     ],
 )
 def test_probes(probes, stats):
