@@ -62,7 +62,7 @@ def measure(
     with undisturbed(problem.model):
         for name, module in problem.model.named_modules():
             module.training = module.training and name in norms and norms[name].has_running
-        with torch.enable_grad():
+        with undisturbed(problem.model), torch.enable_grad():  # within, so that each pass draws the same random numbers
             output, loss = held(batch)
             gradients = torch.autograd.grad(loss, list(tried.values()), allow_unused=True)
         reference = output.detach()
@@ -88,9 +88,11 @@ def _defects(
     found: dict[str, dict[str, float]] = {"value": {}, "gradient": {}}
     for stat, scale in _scales(weight, groups):
         scaled = (weight.detach() * scale).requires_grad_()
-        with torch.enable_grad():
+        with undisturbed(held.model), torch.enable_grad():
             changed, loss = functional_call(held, {f"model.{name}": scaled}, (batch,))
-            (followed,) = torch.autograd.grad(loss, [scaled])
+            (followed,) = torch.autograd.grad(loss, [scaled], allow_unused=True)
+        if followed is None:  # a model that does not take the same way twice
+            return found
         found["value"][stat] = _distance(changed, output)
         found["gradient"][stat] = _distance(followed * scale, gradient)
         if stat == "row_defect" and found["gradient"][stat] < PASSED:

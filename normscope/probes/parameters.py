@@ -273,7 +273,8 @@ def _finished(
         (value, by_row), (gradient, rows) = result["value"], result["gradient"]
         gradient["cosine"] = float(inner.sum() / np.float64(value["norm"] * gradient["norm"]))
         if inner.ndim:
-            rows["row_cosine"] = inner / (by_row["row_norm"] * rows["row_norm"])
+            sizes = by_row["row_norm"] * rows["row_norm"]
+            rows["row_cosine"] = np.where(sizes == 0, 0.0, inner / sizes)
     if moved is not None:
         result["update"] = (_update(*moved), {})
     return result
