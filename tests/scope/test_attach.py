@@ -201,7 +201,7 @@ def test_layers(layers, modules):
         (["tails"], {"max", "zeros", "kurtosis", "sample_n"}),
         (
             ("parameters",),
-            {"norm", "rms", "relative", "radial", "angle", "cosine", "row_norm", "row_cosine"},
+            {"norm", "rms", "row_norm", "cosine", "row_cosine", "relative", "radial", "angle"},
         ),
     ],
 )
