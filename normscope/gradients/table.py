@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 
 from normscope.core.errors import ArgumentError, unknown_name
+from normscope.core.named import Named
 from normscope.gradients.grassmann import GrassmannAdam, GrassmannSGD
 from normscope.gradients.layerwise import CLARS, LAMB, LANS, LARS
 from normscope.gradients.optimizer import Params
@@ -112,23 +113,7 @@ ROWS: tuple[Row, ...] = (
 )
 
 
-class Zoo(dict[str, Row]):
-    """Name to row, in the order of the table; aliases are found but not listed."""
-
-    def __missing__(self, name: str) -> Row:
-        """Return a row by alias; an unknown name is an ArgumentError with the closest names."""
-        aliases = {alias: row for row in self.values() for alias in row.aliases}
-        if name not in aliases:
-            raise unknown_name("name", name, [*self, *aliases], "print(zoo) lists them with their sources.")
-        return aliases[name]
-
-    def __repr__(self) -> str:
-        """Write a line for each row."""
-        lines = (f"{name:<28}{row.step:<12}{row.source}" for name, row in self.items())
-        return f"{len(self)} optimizers: name, effective learning rate, source\n" + "\n".join(lines)
-
-
-zoo: Final = Zoo({row.name: row for row in ROWS})
+zoo: Final = Named(ROWS, "optimizers: name, effective learning rate, source", lambda row: f"{row.step:<12}{row.source}")
 
 
 def build(name: str, params: Params, *, lr: float | None = None, **options: Any) -> torch.optim.Optimizer:

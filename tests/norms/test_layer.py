@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from normscope.core.errors import ArgumentError
+from normscope.core.named import Named
 from normscope.core.source import cite
 from normscope.core.survey import works
 from normscope.norms import (
@@ -38,7 +39,6 @@ from normscope.norms import (
     zoo,
 )
 from normscope.norms.operation import RMS, Operation, Scale
-from normscope.norms.table import Zoo
 
 torch.set_num_threads(1)
 
@@ -307,7 +307,7 @@ def test_build_puts_everything_on_the_device():
         (lambda: build("iteratve", 8), "name='iteratve' is unknown; did you mean 'iterative'"),
         (lambda: build("bn", 8, epsilon=1e-3), "option='epsilon' is unknown; .*Options: eps, momentum, affine, groups"),
         (lambda: zoo["bacth"], "did you mean 'batch'"),
-        (lambda: Zoo((zoo["bn"], zoo["bn"])), r"rows share the names \['batch', 'bn'\]"),
+        (lambda: Named((zoo["bn"], zoo["bn"]), "", repr), r"rows share the names \['batch', 'bn'\]"),
     ],
 )
 def test_unknown_names_offer_the_closest(call, message):
@@ -321,7 +321,7 @@ def test_a_missing_option_is_named():
 
     row = Row("needy", "S007", make)
     assert repr(row) == "build('needy', num_features, classes=...)  # S007"
-    assert "needy" in Zoo((row,))
+    assert "needy" in Named((row,), "", repr)
 
 
 def test_the_zoo_is_a_mapping_with_a_line_for_each_row():
