@@ -42,6 +42,7 @@ FIGURES: tuple[Figure, ...] = (
 
 # what the page shows of a subject whatever was found
 OVERVIEW: tuple[tuple[str, tuple[Figure, ...]], ...] = (
+    ("Propagation", (propagation.SIGNAL, propagation.GRADIENT)),
     (
         "Conditioning",
         (
@@ -53,6 +54,9 @@ OVERVIEW: tuple[tuple[str, tuple[Figure, ...]], ...] = (
             conditioning.LARGEST,
         ),
     ),
+    ("Scale", (scale.NORMS, scale.RATES, scale.ANGLES, scale.DEFECTS)),
+    ("Noise", (noise.MOVED, noise.SIZES, noise.RATIO)),
+    ("Mismatch", (mismatch.DRIFT, mismatch.LOSSES)),
 )
 
 

@@ -17,6 +17,7 @@ _TRAINED, _KEPT = "of the batch, used in training", "running, kept for inference
 
 def _drift(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
     columns, drift = DRIFT.columns, tables.table(record, "drift.q50", slot="running")
+    sites = sites or tuple(mismatch.drift(record).sort_values("value", ascending=False)["site"].head(3))
     shown = by_step(drift, at_slot(sites, "running", drift), columns)
     if not len(shown):
         return shown

@@ -29,6 +29,15 @@ def _defects(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
     return tidy([*parts, curve(columns, ends, scale.PARTIAL, _LIMIT, "", "")], columns)
 
 
+def _chosen(record: Record, sites: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the sites of a finding; without one the first, middle and last scale-invariant weight."""
+    if sites:
+        return sites
+    units = scale.invariance(record)["unit"]
+    known = list(map(str, units.index[units.isin(("row", "block", "tensor"))]))
+    return tuple(dict.fromkeys(known[i] for i in (0, len(known) // 2, -1))) if known else ()
+
+
 def _moving(record: Record, sites: tuple[str, ...], what: str) -> pd.DataFrame:
     """One quantity of `metrics.scale.motion` by step, a column a site."""
     moves = scale.motion(record)
@@ -36,16 +45,18 @@ def _moving(record: Record, sites: tuple[str, ...], what: str) -> pd.DataFrame:
 
 
 def _rates(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
+    sites = _chosen(record, sites)
     return by_step(_moving(record, sites, "effective"), sites, RATES.columns)
 
 
 def _norms(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
-    return by_step(tables.table(record, "norm", slot="*"), sites, NORMS.columns)
+    return by_step(tables.table(record, "norm", slot="*"), _chosen(record, sites), NORMS.columns)
 
 
 def _angles(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
     """Angles of the worst weights, and what the settings of the worst imply."""
-    columns, angles = ANGLES.columns, by_step(_moving(record, sites, "angle"), sites[: MOST_CURVES - 1], ANGLES.columns)
+    sites, columns = _chosen(record, sites), ANGLES.columns
+    angles = by_step(_moving(record, sites, "angle"), sites[: MOST_CURVES - 1], columns)
     if not len(angles):
         return angles
     expected = by_step(_moving(record, sites, "expected"), angles["site"].iloc[:1], columns)

@@ -19,7 +19,7 @@ from normscope.probes.normalization import Calls
 
 MAX_CALLS = 8  # calls of one module in one pass told apart; the rest join the last
 _MAX_PASSES = 8  # forward passes of a step kept without a backward; an evaluation loop would pile them up
-_PILE = 1 << 19  # values of subsamples that wait to be reduced together, 2 MB
+_PILE = 1 << 16  # values of subsamples that wait to be reduced together
 
 _RELU = (nn.ReLU, nn.ReLU6, nn.Threshold)
 _BOUNDS: tuple[tuple[type[nn.Module], tuple[float, float]], ...] = (

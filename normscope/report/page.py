@@ -6,6 +6,7 @@ import base64
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
@@ -13,6 +14,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from normscope.core.figure import Figure
 from normscope.core.finding import Finding
 from normscope.core.record import Record
 from normscope.figures import OVERVIEW, figure_for
@@ -24,6 +26,8 @@ from normscope.report.maps import PHASES, maps, payload
 from normscope.report.pictures import Picture, picture
 from normscope.report.summary import Group, events, groups, passed, provenance, runs
 from normscope.report.text import SYMBOLS, breakable, count, counted, number, printable, source, words
+
+log = logging.getLogger("normscope")
 
 # scripts are parts of one: each file may use what those before it define
 SCRIPTS = ("plot.js", "pictures.js", "explorer.js", "table.js")
@@ -93,12 +97,20 @@ def _pictures(record: Record, told: Sequence[Group]) -> dict[str, Picture]:
     found: dict[str, Picture | None] = {}
     for i, group in enumerate(told):
         figure = figure_for(group.first.id)
-        found[str(i)] = picture(figure, parts.get(group.first.run, only), group.sites) if figure else None
+        found[str(i)] = _drawn(figure, parts.get(group.first.run, only), group.sites) if figure else None
     for key, figure in (("loss", LOSS), ("norm", GRADIENT_NORM), ("rate", LEARNING_RATE)):
-        found[key] = picture(figure, only, ())
+        found[key] = _drawn(figure, only, ())
     for _, figures in OVERVIEW:
-        found |= {figure.id: picture(figure, only, ()) for figure in figures}
+        found |= {figure.id: _drawn(figure, only, ()) for figure in figures}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _drawn(figure: Figure, record: Record, sites: tuple[str, ...]) -> Picture | None:
+    try:
+        return picture(figure, record, sites)
+    except Exception as error:  # one broken picture must not take the page away
+        log.warning("normscope left the picture %r out: %s: %s", figure.id, type(error).__name__, error)
+        return None
 
 
 def _subjects(pictures: Mapping[str, Picture]) -> list[tuple[str, list[str]]]:
