@@ -128,6 +128,7 @@ PROVIDED: dict[str, str] = {
     "layer:passport-aware": "normscope.norms.families.recoveries_branches:PassportNorm",
     "recovery:associate": "normscope.norms:build",
     "layer:associate": "normscope.norms:build",
+    "analysis:input-conditioning": "normscope.metrics.conditioning:conditions",
     "optim:fine-grained-manifold": "normscope.gradients:FineGrainedSGD",
     "optim:cayley-sgd-adam": "normscope.gradients:CayleySGD",
     "optim:block-normalized": "normscope.gradients:BlockNormalized",

@@ -61,6 +61,11 @@ def killed(run, folder, delay):
     return int((first + rest).split(b"\n")[-2])
 
 
+def by_turns(block):
+    """Tell whether a layer has its turn at few steps only, as for its second moments."""
+    return "moment.max" in block.stats
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("run", [train, store_only])
 def test_every_acknowledged_step_survives(tmp_path, run):
@@ -76,7 +81,8 @@ def test_every_acknowledged_step_survives(tmp_path, run):
         acknowledged = set(range(0, last + 1, 2 if run is train else 1))
         assert acknowledged <= set(steps)
         assert acknowledged <= set(record.steps)
-        assert all(acknowledged <= set(block.steps) | {0} for block in record.blocks if block.role == "value")
+        every = [block for block in record.blocks if block.role == "value" and not by_turns(block)]
+        assert all(acknowledged <= set(block.steps) | {0} for block in every)
         counts.append(last)
     assert len(set(counts)) > KILLS // 4  # they were killed at different moments
 

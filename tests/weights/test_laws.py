@@ -218,7 +218,7 @@ def test_rows_are_centered_and_scaled(size):
     rows = matrix(apply(conv(size), "standardized", eps=1e-9))
     assert (rows.std(1) - 1).abs().max() < 1e-6
     assert rows.mean(1).abs().max() < 1e-12
-    rows = matrix(apply(conv(size), "scaled-standardized", gamma=1.7))
+    rows = matrix(apply(conv(size), "scaled-standardized", gamma=1.7, eps=1e-9))
     assert (rows.var(1, correction=0) * rows.shape[1] - 1.7**2).abs().max() < 1e-6
     rows = matrix(apply(conv(size), "cosine"))
     assert (rows.norm(dim=1) - 1).abs().max() < 1e-12
