@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
 from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.core.record import Record
 from normscope.diagnostics import conditioning, mismatch, noise, propagation, run, scale
@@ -82,7 +84,8 @@ def id_of(diagnostic: Diagnostic) -> str:
 
 def _judge(diagnostic: Diagnostic, record: Record) -> list[Finding]:
     try:
-        return diagnostic(record)
+        with np.errstate(all="ignore"):  # a diverged run holds infinities
+            return diagnostic(record)
     except Exception as error:  # one broken diagnostic must not hide the others
         return [
             Finding(

@@ -137,7 +137,8 @@ def sampling(record: Record) -> Estimate:
         The factor with its standard error over sampled steps.
     """
     ratios = tables.table(record, "ratio", slot="input")
-    seen = ratios["/input"].dropna().to_numpy() if "/input" in ratios else np.empty(0)
+    seen = ratios["/input"].to_numpy() if "/input" in ratios else np.empty(0)
+    seen = seen[np.isfinite(seen)]
     if not len(seen):
         return Estimate.missing(Status.NOT_RECORDED, "huang2020")
     error = float(seen.std(ddof=1)) / len(seen) ** 0.5 if len(seen) > 1 else np.nan
