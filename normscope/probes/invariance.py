@@ -16,8 +16,8 @@ from normscope.norms.recognize import NormParts
 from normscope.probes import layout
 from normscope.probes.summary import Row, channel_row
 
-MOST = 48  # weights tried; of a model with more, at a fixed stride
-SAMPLES = 32  # samples of the held batch that are run, where it is a pair of tensors
+MOST = 12  # weights tried; of a model with more, at a fixed stride: each costs up to three passes
+SAMPLES = 16  # samples of the held batch that are run, where it is a pair of tensors
 
 
 class _Held(nn.Module):
