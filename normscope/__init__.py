@@ -73,6 +73,8 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used, so that `--help` imports neither torch nor numpy."""
+    if name == "__version__":
+        return import_module("importlib.metadata").version("normscope")
     if name in _PACKAGES:
         return import_module(f"normscope.{name}")
     if name not in _NAMES:

@@ -12,7 +12,7 @@ from normscope.core.reading import load
 from normscope.core.store import FILE_NAME
 from normscope.diagnostics import diagnose
 from normscope.report.table import findings_table
-from normscope.report.write import findings_json, write_report, write_texts
+from normscope.report.write import findings_json, json_beside, write_report, write_texts
 
 _SHOWN = 20
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.path if arguments.path.is_dir() else arguments.path.parent
     page = write_report(record, findings, arguments.out or folder / "report.html")
     print(findings_table(findings, shutil.get_terminal_size().columns))
-    print(f"\nreport    {page}\nmarkdown  {page.with_suffix('.md')}\njson      {page.with_name('findings.json')}")
+    print(f"\nreport    {page}\nmarkdown  {page.with_suffix('.md')}\njson      {json_beside(page)}")
     if arguments.open:
         webbrowser.open(page.resolve().as_uri())
     return 0

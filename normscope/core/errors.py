@@ -18,6 +18,22 @@ class StoreError(NormscopeError, OSError):
     """A run cannot be written or read: path, schema version or damage."""
 
 
+def brief(value: object) -> str:
+    """Return a value in words: its repr, or its type and the beginning of that where it is large.
+
+    Args:
+        value: anything.
+
+    Returns:
+        At most about 60 characters.
+
+    >>> brief(3), brief([0] * 100)
+    ('3', 'a list ([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, ...)')
+    """
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"a {type(value).__name__} ({text[:34]}...)"
+
+
 def unknown_name(argument: str, value: object, options: Iterable[str], hint: str = "") -> ArgumentError:
     """Build the error for a name that is not among the options, the closest names first.
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from normscope.core.errors import ArgumentError, brief
 from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.core.record import Record
 from normscope.diagnostics import conditioning, mismatch, noise, propagation, run, scale
@@ -64,7 +65,14 @@ def diagnose(record: Record) -> list[Finding]:
 
     Returns:
         Findings, worst first: one or none of each diagnostic a run. One that raised is an undecided finding.
+
+    Raises:
+        ArgumentError: if it is no record.
     """
+    if not isinstance(record, Record):
+        raise ArgumentError(
+            f"record={brief(record)} must be a normscope.Record, as normscope.load('runs/a') or scope.record() returns."
+        )
     found = []
     for single in tables.split(record):
         name = single.names[0] if single.names else ""

@@ -78,11 +78,11 @@ def ill_conditioned_inputs(record: Record) -> list[Finding]:
         record: record of one run.
 
     Returns:
-        One finding, none where no hidden linear or convolutional layer was measured.
+        One finding, none where no hidden linear or convolutional layer was measured that the data can fill.
     """
-    hidden = metrics.hidden(record)
+    judged_at = metrics.spanned(record)
     start, late = (metrics.conditions(record, start=start).set_index("site") for start in (True, False))
-    start, late = start[start.index.isin(hidden)], late[late.index.isin(hidden)]
+    start, late = start[start.index.isin(judged_at)], late[late.index.isin(judged_at)]
     if not len(late):
         return []
     judged = late.dropna(subset="value").sort_values("value", ascending=False, kind="stable")

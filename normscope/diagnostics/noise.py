@@ -212,13 +212,20 @@ def gradient_noise(record: Record) -> list[Finding]:
         f"{batch:.0f} (threshold {APART:g}-fold apart)"
     )
     evidence: Evidence = {"noise_scale": value, "standard_error": scale.standard_error, "batch": batch}
+    if not scale.standard_error <= value / 2:  # it says no more than the order of magnitude
+        return GRADIENT_NOISE.undecided(
+            f"{said}, but the standard error of {scale.standard_error:.2g} is beyond half of it.",
+            "Hold more samples, or batches, in problem=, or train on: the signal is what is hard to see.",
+            evidence=evidence,
+        )
     if known and value * APART < batch:
         return GRADIENT_NOISE.found(
             Verdict.NOTE,
             f"{said}.",
             evidence=evidence,
             cause="Samples of a batch agree on the gradient: most of them add nothing.",
-            remedy=f"A batch of about {max(value, 1):.0f} trains as well a step, at a fraction of the cost.",
+            remedy=f"A batch of about {max(value, 1):.0f} trains as well a step, at a fraction of the cost; with "
+            "BatchNorm no smaller than its own noise allows, see noise.small-batch.",
         )
     if value > APART * batch:
         return GRADIENT_NOISE.found(
@@ -242,7 +249,7 @@ def _small_batch_unmeasured(frame: pd.DataFrame) -> list[Finding]:
     batch = float(frame["batch"].min())
     evidence: Evidence = {"at_most": bound, "batch": batch}
     said = f"{site}: with a batch of {batch:.0f} independent samples an output moves by at most {bound:.2g} of its size"
-    if bound <= MOVED_NOTICEABLE:
+    if bound <= MOVED:
         return SMALL_BATCH.ok(f"{said} (threshold {MOVED}).", evidence)
     if (least > MOVED).any():
         beyond = frame.index[least > MOVED].tolist()

@@ -111,7 +111,9 @@ def diverged(record: Record) -> list[Finding]:
         return []
     broken = metrics.ending(record)
     if broken is None:
-        return DIVERGED.ok(f"Loss and gradients are finite at step {seen.index[-1]}, the last that was not skipped.")
+        what = "Loss and gradients are" if seen["loss"].notna().any() else "Gradients are"
+        told = "" if seen["loss"].notna().any() else "; no loss was recorded: scope.step(loss=loss) tells it"
+        return DIVERGED.ok(f"{what} finite at step {seen.index[-1]}, the last that was not skipped{told}.")
     what = "gradients are" if broken.gradient else "the loss is"
     if broken.steps < BROKEN:
         return DIVERGED.undecided(

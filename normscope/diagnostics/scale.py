@@ -20,6 +20,7 @@ from normscope.metrics import tables
 NORM = 10.0  # growth or shrinkage of a norm since the start: for SGD 100 of the effective learning rate
 FAST = 0.3  # radians per step
 LASTED = 1.0  # time constants from which a balance is expected
+NEAR = 10.0  # times the present decay: one further away is no advice for a run so short
 GROWN = 1.5  # growth of a norm without decay
 COLLAPSED = 0.5  # fraction of a layer's gains
 IDLE = 1e-3  # gradient of a bias over that of the weight beside it
@@ -438,11 +439,13 @@ def _no_decay(none: pd.DataFrame, weights: int) -> list[Finding]:
 def _weak_decay(weak: pd.DataFrame, weights: int) -> list[Finding]:
     top = weak.iloc[0]
     hint = float(top["decay"] / top["consumed"]) if top["consumed"] > 0 else np.nan
+    near = hint <= NEAR * float(top["decay"])
+    acts = f"within a run of this length a weight_decay near {hint:.2g} would act" if near else "the run is too short"
     return DECAY.found(
         Verdict.NOTE,
         f"{weak.index[0]}: decay has not acted in {top['steps']:.0f} steps, {top['exposure']:.2g} time constants "
         f"(threshold {LASTED:g}): its norm grows {top['balance']:.2g} times as fast as it decays; {len(weak)} of "
-        f"{weights} scale-invariant weights; within a run of this length a weight_decay near {hint:.2g} would act.",
+        f"{weights} scale-invariant weights; {acts}.",
         sites=[str(name) for name in weak.index],
         evidence=_numbers(
             balance=top["balance"],
@@ -452,5 +455,7 @@ def _weak_decay(weak: pd.DataFrame, weights: int) -> list[Finding]:
             weights=len(weak),
         ),
         remedy=f"In a longer run nothing need be done. For a run of this length set weight_decay near {hint:.2g} (that "
-        "makes the sum of learning rate times decay 1), or lower the learning rate by a schedule.",
+        "makes the sum of learning rate times decay 1), or lower the learning rate by a schedule."
+        if near
+        else "Nothing in a longer run; in one of this length decay makes no difference.",
     )

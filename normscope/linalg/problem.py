@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from normscope.core.errors import ArgumentError, unknown_name
+from normscope.core.errors import ArgumentError, brief, unknown_name
 from normscope.linalg import gradient
 from normscope.linalg.operator import Operator
 from normscope.linalg.protect import generator_state, random_states, restored, without_hooks
@@ -86,9 +86,9 @@ class Problem:
     ) -> None:
         """Check and hold the parts; see the class."""
         if not isinstance(model, nn.Module):
-            raise ArgumentError(f"model={model!r} must be a torch.nn.Module.")
+            raise ArgumentError(f"model={brief(model)} must be a torch.nn.Module.")
         if not callable(loss):
-            raise ArgumentError(f"loss={loss!r} must be callable as loss(output, target).")
+            raise ArgumentError(f"loss={brief(loss)} must be callable as loss(output, target).")
         if mode not in MODES:
             raise unknown_name("mode", mode, MODES, "It says which statistics normalization uses.")
         if reduction not in REDUCTIONS:
@@ -293,6 +293,8 @@ def _samples(output: object, batch: object) -> int:
 
 def _forward_pair(model: nn.Module, batch: Any) -> tuple[Any, Any]:
     try:
+        if isinstance(batch, (Tensor, Mapping)):  # these unpack, to rows and to keys
+            raise TypeError
         inputs, target = batch
     except (TypeError, ValueError):
         raise ArgumentError(

@@ -21,6 +21,7 @@ from normscope.core.record import Record
 from normscope.metrics import tables
 
 PERCENTS = (50, 80, 90, 95, 100)
+SPAN = 8  # units a feature of the data
 ENOUGH = 2  # samples a feature from which eigenvalues are judged: with fewer the small ones are much too small
 MIN_LAYERS = 3  # below, no layer is typical
 ENDS = 3  # layers at either end over which a median is taken
@@ -255,6 +256,19 @@ def hidden(record: Record) -> list[str]:
     largest = series(record, "max")
     first = largest.apply(lambda column: column.dropna().iloc[0] if column.notna().any() else np.nan)
     return [str(site) for site in largest.columns[1:] if first[site] != first.iloc[0]]
+
+
+def spanned(record: Record) -> list[str]:
+    """Return those of `hidden` that the data can fill: behind a linear layer on d features at most `SPAN` d wide.
+
+    A few features, as coordinates in the plane, bend into many units without ever filling them: there the median
+    eigenvalue says what the data are, not what the network does to them.
+    """
+    sites, width = hidden(record), tables.table(record, "width", slot="input").median()
+    kinds, first = tables.attributes(record)["class"], str(next(iter(series(record, "max")), ""))
+    if kinds.get(first) != "Linear":
+        return sites
+    return [site for site in sites if width[site] <= SPAN * width[first]]
 
 
 def collapse(record: Record, *, start: bool) -> Collapse:

@@ -34,13 +34,16 @@ SCRIPTS = ("plot.js", "pictures.js", "explorer.js", "table.js")
 _GUARD = "\ue000"
 
 
-def page(record: Record, findings: Sequence[Finding], *, markdown_name: str = "report.md") -> str:
+def page(
+    record: Record, findings: Sequence[Finding], *, markdown_name: str = "report.md", json_name: str = "findings.json"
+) -> str:
     """Write the page.
 
     Args:
         record: what was measured.
         findings: what is concluded from it.
         markdown_name: name of the Markdown twin, for the link.
+        json_name: name of the JSON twin, for the link.
 
     Returns:
         HTML.
@@ -76,6 +79,7 @@ def page(record: Record, findings: Sequence[Finding], *, markdown_name: str = "r
             events=rows,
             more_events=more,
             markdown_name=markdown_name,
+            json_name=json_name,
             facts=_json(facts),
             facts_maps=bool(explored.maps),
             data=explored.data,

@@ -22,7 +22,8 @@ def write_report(record: Record, findings: Sequence[Finding], path: str | Path) 
         record: what was measured.
         findings: what is concluded from it.
         path: the page, as "report.html", or a folder for it, which may be new in one that exists. The Markdown has
-            the same name with the ending .md; the JSON is findings.json.
+            the same name with the ending .md; the JSON is findings.json beside report.html, else the page's name with
+            the ending .json.
 
     Returns:
         The path of the page.
@@ -31,12 +32,17 @@ def write_report(record: Record, findings: Sequence[Finding], path: str | Path) 
     target = target / "report.html" if target.is_dir() or not target.suffix else target
     ordered = worst_first(findings)
     texts = {
-        target.with_name("findings.json"): findings_json(ordered),
+        json_beside(target): findings_json(ordered),
         target.with_suffix(".md"): markdown(record, ordered),
-        target: page(record, ordered, markdown_name=target.with_suffix(".md").name),
+        target: page(record, ordered, markdown_name=target.with_suffix(".md").name, json_name=json_beside(target).name),
     }
     write_texts(texts)
     return target
+
+
+def json_beside(page: Path) -> Path:
+    """Return the file of the findings beside a page: several pages in one folder have their own."""
+    return page.with_name("findings.json") if page.stem == "report" else page.with_suffix(".json")
 
 
 def write_texts(texts: Mapping[Path, str]) -> None:

@@ -120,7 +120,7 @@ def _selected(model: nn.Module, layers: Layers | None) -> dict[str, nn.Module]:
     roots: set[str] = set()
     for want in wanted:
         if isinstance(want, str):
-            found = {name for name in modules if fnmatchcase(name, want)}
+            found = {name for name, m in modules.items() if want == type(m).__name__ or fnmatchcase(name, want)}
         elif isinstance(want, type) and issubclass(want, nn.Module):
             found = {name for name, module in modules.items() if isinstance(module, want)}
         else:

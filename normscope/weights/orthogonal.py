@@ -27,6 +27,7 @@ class OrthogonalGroups(RowMap):
     """
 
     invariance = "tensor"
+    tolerance = 1e-3
 
     def __init__(self, layout: Layout, weight: Tensor, groups: int | None = None, scale: float = 1.414) -> None:
         """Choose the groups."""
