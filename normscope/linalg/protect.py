@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -27,16 +27,18 @@ def restored(model: nn.Module, heard: object = None) -> Iterator[None]:
     """
     held = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        with random_states(model), silence() if heard is None else silence(heard):
-            yield
-    finally:
-        for module, training, registered in held:
-            module.training = training
-            module._buffers.update(registered)  # a module may have put new tensors in their place
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                with _unsafe_preserve_version_counter(buffer):  # a backward may still wait for it
+    with ExitStack() as versions:
+        for buffer, _ in buffers:  # a backward may still wait for it
+            versions.enter_context(_unsafe_preserve_version_counter(buffer))
+        try:
+            with random_states(model), silence() if heard is None else silence(heard):
+                yield
+        finally:
+            for module, training, registered in held:
+                module.training = training
+                module._buffers.update(registered)  # a module may have put new tensors in their place
+            with torch.no_grad():
+                for buffer, saved in buffers:
                     buffer.copy_(saved)
 
 
@@ -96,7 +98,7 @@ def random_states(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_hooks(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Take the user's gradient hooks off parameters, which would change what is differentiated twice.
+    """Take the user's hooks off parameters, which would change what is differentiated twice, or step in the backward.
 
     Args:
         tensors: the parameters.
@@ -104,7 +106,8 @@ def without_hooks(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    held = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
+    sorts = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    held = [(hooks, dict(hooks)) for tensor in tensors for sort in sorts if (hooks := getattr(tensor, sort))]
     for hooks, _ in held:
         hooks.clear()
     try:

@@ -55,7 +55,7 @@ def examine(
         The record, for `diagnose`, `write_report` and all else that takes one.
         An argument that cannot work, or a loss that is no scalar with a gradient, is an ArgumentError.
     """
-    problem = Problem(model, loss, batches, forward=forward, reduction=reduction)
+    problem = Problem(model, loss, batches, forward=forward, reduction=reduction, held=MAX_BATCHES)
     inner = unwrapped(model)
     still = _still(inner)
     held = problem.take(MAX_BATCHES)
@@ -120,8 +120,10 @@ def _run(problem: Problem, model: nn.Module, batch: Any, number: int) -> float:
     output, target = problem.forward(problem.model, batch)
     value = problem.loss(output, target)
     if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+        shaped = isinstance(value, torch.Tensor) and value.numel() != 1
+        got = f"a tensor of shape {tuple(value.shape)}" if shaped else repr(value)
         raise ArgumentError(
-            f"loss: batch {number} gave {value!r}; it must be a scalar tensor that depends on the parameters."
+            f"loss: batch {number} gave {got}; it must be a scalar tensor that depends on the parameters."
         )
     value.backward()  # type: ignore[no-untyped-call]
     return float(value.detach())
