@@ -13,6 +13,7 @@ from normscope.core.errors import NormscopeError
 
 COMMANDS = (
     ("demo", "train a small network with normscope attached and write its report"),
+    ("examine", "look at a model of yours as it is, nothing trained, and write its report"),
     ("report", "judge a run and write its page, or print its findings as JSON"),
     ("catalog", "list the works of the survey and what of each is here"),
 )

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from normscope import workbench
+from normscope.cli.folder import free
 from normscope.core.errors import ArgumentError
-from normscope.core.store import run_exists
 from normscope.linalg.problem import Problem
 from normscope.norms.conversion import convert
 from normscope.report.table import findings_table
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.norm_option and not arguments.norm:
         raise ArgumentError("--norm-option is given without --norm NAME, whose setting it would be.")
     name = "-".join(filter(None, ("demo", arguments.model, arguments.norm)))
-    out = arguments.out or _free(Path("runs") / name)
+    out = arguments.out or free(Path("runs") / name)
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     change = partial(_converted, to=arguments.norm, options=dict(arguments.norm_option))
@@ -103,11 +103,6 @@ def _transformer(generator: torch.Generator, change: Change) -> Setup:
 
 
 _SETUPS = {"cnn": _cnn, "transformer": _transformer}
-
-
-def _free(folder: Path) -> Path:
-    candidates = (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in range(1, 10_000))
-    return next(candidate for candidate in candidates if not run_exists(candidate))
 
 
 def _positive(text: str) -> int:

@@ -1,0 +1,99 @@
+"""Factories: functions of the user's that a command finds by name, as pkg.mod:factory, and calls without arguments."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from normscope.core.errors import ArgumentError, unknown_name
+
+
+def reference(text: str) -> str:
+    """Check that a text reads MODULE:NAME, for argparse."""
+    module, colon, name = text.partition(":")
+    if colon and name.isidentifier() and all(part.isidentifier() for part in module.split(".")):
+        return text
+    hint = ""
+    if module.endswith(".py"):
+        path = Path(module).with_suffix("")
+        hint = f"; for the file {module} write {'.'.join(path.parts)}:{name or 'NAME'}"
+    raise argparse.ArgumentTypeError(
+        f"factory={text!r} must be MODULE:NAME, as pkg.mod:factory: an importable module, a colon, a function{hint}"
+    )
+
+
+@contextmanager
+def called(text: str, returns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
+    """Import and call a factory; the current folder is importable meanwhile.
+
+    Args:
+        text: MODULE:NAME.
+        returns: names of what the factory returns, in order.
+
+    Yields:
+        What it returned. A factory that cannot be found or called, or that returns anything else, is an ArgumentError.
+    """
+    before = list(sys.path)
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield _checked(text, _raising(text, "called", _found(text)), returns)
+    finally:
+        sys.path[:] = before
+
+
+def _found(text: str) -> Callable[[], Any]:
+    """Import the module and look the function up."""
+    name = text.partition(":")[2]
+    module = _imported(text)
+    found = getattr(module, name, None)
+    if callable(found):
+        return found  # type: ignore[no-any-return]  # whatever it returns is checked
+    if hasattr(module, name):
+        raise ArgumentError(
+            f"factory={text!r} is of type {type(found).__name__}, which cannot be called; wrap it in a function "
+            "without arguments."
+        )
+    names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    options = [f"{module.__name__}:{key}" for key in names]
+    raise unknown_name("factory", text, options, f"It was looked for in {module.__file__}.")
+
+
+def _imported(text: str) -> ModuleType:
+    path = text.partition(":")[0]
+    try:
+        return _raising(text, "imported", lambda: importlib.import_module(path))  # type: ignore[no-any-return]
+    except ArgumentError as error:
+        missing = error.__cause__
+        if isinstance(missing, ModuleNotFoundError) and f"{path}.".startswith(f"{missing.name}."):
+            raise ArgumentError(
+                f"factory={text!r}: there is no module {missing.name!r} in {Path.cwd()} or among the installed "
+                "packages; run the command in the folder that holds it, and write dots for folders, as pkg.mod."
+            ) from missing
+        raise
+
+
+def _raising(text: str, done: str, call: Callable[[], Any]) -> Any:
+    """Call what is the user's; its error is told with the place it comes from."""
+    try:
+        return call()
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        told = f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+        raise ArgumentError(
+            f"factory={text!r} cannot be {done}: {told}. "
+            f"It must work in Python as {text.replace(':', '.')}(), without arguments."
+        ) from error
+
+
+def _checked(text: str, value: object, returns: tuple[str, ...]) -> tuple[Any, ...]:
+    if isinstance(value, (tuple, list)) and len(value) == len(returns):
+        return tuple(value)
+    got = f"{len(value)} values" if isinstance(value, (tuple, list)) else f"a value of type {type(value).__name__}"
+    raise ArgumentError(f"factory={text!r} returned {got}; it must return ({', '.join(returns)}).")
