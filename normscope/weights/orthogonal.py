@@ -13,6 +13,8 @@ from normscope.weights.borrowed import Borrowed
 from normscope.weights.parametrization import Layout, Parametrization, RowMap, gram_deviation
 from normscope.weights.spectral import check_iterations
 
+_THIN = 8  # from so many rows a column on the smaller system of the Cayley map is the faster one
+
 
 class OrthogonalGroups(RowMap):
     """Orthogonal weight normalization: w = s (Z Z^T)^(-1/2) Z with Z = v - mean(v), for each group of output units.
@@ -127,11 +129,39 @@ class NewtonOrthogonal(RowMap):
         return torch.maximum(over, rows.mean(1).abs().amax()) if self.center else over
 
 
+def cayley(x: Tensor) -> Tensor:
+    """Return the first k columns of the Cayley map (I - A / 2)^-1 (I + A / 2).
+
+    A = L E^T - E L^T with L the lower triangle of x and E the first k columns of I. A has rank 2k at most: with k much
+    below n, Woodbury's formula leaves a system of size 2k instead of n.
+
+    Args:
+        x: `(n, k)`, k <= n; what is on and above the diagonal is not used.
+
+    Returns:
+        `(n, k)`, with orthonormal columns.
+    """
+    n, k = x.shape
+    low = x.tril(-1)
+    if k * _THIN > n:
+        wide = nn.functional.pad(low, (0, n - k)) if k < n else low
+        # the transpose of I + A / 2 is I - A / 2, already in the order that the solver wants
+        plus = torch.add(torch.eye(n, dtype=x.dtype, device=x.device), wide - wide.mT, alpha=0.5)
+        solved: Tensor = torch.linalg.solve(plus.mT, plus[:, :k])
+        return solved
+    e = torch.eye(n, k, dtype=x.dtype, device=x.device)
+    left, right = torch.cat([low, -e], 1), torch.cat([e, low], 1)  # A = left right^T
+    eye = torch.eye(2 * k, dtype=x.dtype, device=x.device)
+    found: Tensor = e + left @ torch.linalg.solve(torch.add(eye, right.mT @ left, alpha=-0.5), right[:k].mT)
+    return found
+
+
 class LieOrthogonal(Borrowed):
     """Orthogonal weights of torch: w = base q(A), A skew, q the exponential, the Cayley map or Householder reflections.
 
-    The weight is orthogonalized when applied. `retract` makes the weight in use the base and A zero, which dynamic
-    trivialization does every few hundred steps.
+    Raw tensor and base are torch's, so that states fit both; the Cayley map is `cayley`. The weight is orthogonalized
+    when applied. `retract` makes the weight in use the base and A zero, which dynamic trivialization does every few
+    hundred steps.
 
     Args:
         layout: of the weight.
@@ -148,7 +178,15 @@ class LieOrthogonal(Borrowed):
         super().__init__(
             layout, weight, parametrizations.orthogonal, orthogonal_map=kind, use_trivialization=trivialize
         )
-        self.trivialize = trivialize
+        self.trivialize, self.cayley = trivialize, kind == "cayley"
+
+    def map(self, rows: Tensor) -> Tensor:
+        """Return the matrix in use."""
+        if not self.cayley:
+            return super().map(rows)
+        tall = rows.shape[0] >= rows.shape[1]
+        columns: Tensor = self.inner.base @ cayley(rows if tall else rows.mT)
+        return columns if tall else columns.mT
 
     def retract(self, *raw: Tensor) -> tuple[Tensor, ...] | None:
         """Make the weight in use the base."""

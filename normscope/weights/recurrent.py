@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from normscope.core.errors import ArgumentError
 from normscope.norms.part import require
 from normscope.weights.borrowed import borrow
+from normscope.weights.orthogonal import cayley
 from normscope.weights.parametrization import Drawn, Layout, Parametrization, gram_deviation, require_square
 
 
@@ -208,12 +209,12 @@ class SoftOrthogonal(Parametrization):
     def forward(self, left: Tensor, p: Tensor, right: Tensor) -> Tensor:
         """Return the weight in use."""
         s = 2 * self.margin * p.sigmoid() + 1 - self.margin
-        rows = (self.left.forward(left) * s) @ self.right.forward(right).mT
+        rows = (self.left.base @ (cayley(left) * s)) @ (self.right.base @ cayley(right)).mT
         return self.layout.back(rows, self.shape)
 
     def retract(self, *raw: Tensor) -> tuple[Tensor, ...]:
         """Make the factors in use the bases; p stays."""
-        left, right = (m.right_inverse(m.forward(r)) for m, r in ((self.left, raw[0]), (self.right, raw[2])))
+        left, right = (m.right_inverse(m.base @ cayley(r)) for m, r in ((self.left, raw[0]), (self.right, raw[2])))
         return left, raw[1], right
 
     def deviation(self, rows: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from normscope.norms.part import positive, require
 from normscope.weights.parametrization import Layout, Parametrization, RowMap
@@ -15,11 +18,44 @@ def length_deviation(rows: Tensor) -> Tensor:
     return off
 
 
+class _FusedRows(torch.autograd.Function):
+    """w = g v / |v| for each row by torch's fused kernels; the gradient is written out where it is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, v: Tensor) -> Tensor:
+        """Scale the rows."""
+        g, v = g.contiguous(), v.contiguous()
+        w, length = torch._weight_norm_interface(v, g)
+        ctx.save_for_backward(g, v, length)
+        return w
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Return dg = <dw, v / |v|> and dv = g / |v| (dw - dg v / |v|)."""
+        g, v, length = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        if not torch.is_grad_enabled():
+            dv, dg = torch.ops.aten._weight_norm_interface_backward.default(grad, v, g, length, 0)
+            return dg, dv
+        dims = tuple(range(1, v.ndim))
+        length = torch.linalg.vector_norm(v, dim=dims, keepdim=True)
+        unit = v / length
+        dg = (grad * unit).sum(dims, keepdim=True)
+        return dg, g / length * (grad - dg * unit)
+
+
+def _plain(v: Tensor) -> bool:
+    """Tell whether fused kernels may run: a compiler, torch.func and forward mode see the product instead."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return forward_ad._current_level < 0 and v.device.type == "cpu" and v.dtype in (torch.float32, torch.float64)
+
+
 class WeightNorm(Parametrization):
     """Weight normalization: w = g v / |v|, a length g for each output unit, or one for the tensor.
 
     Raw tensors and their names are those of torch.nn.utils.parametrizations.weight_norm, so that states fit both; its
-    second derivative for lengths of rows is wrong (torch 2.13), so the product is written out here.
+    second derivative for lengths of rows is wrong (torch 2.13), so only its kernels are taken.
 
     Args:
         layout: of the weight.
@@ -38,6 +74,9 @@ class WeightNorm(Parametrization):
         """Return the weight in use."""
         if self.dims and not (torch.is_grad_enabled() and (g.requires_grad or v.requires_grad)):
             return torch._weight_norm(v, g, self.dim)  # one kernel where nothing is differentiated
+        if self.dims and self.dim == 0 and _plain(v):
+            fused: Tensor = _FusedRows.apply(g, v)  # type: ignore[no-untyped-call]
+            return fused
         scaled: Tensor = v * (g / torch.linalg.vector_norm(v, dim=self.dims, keepdim=self.dims is not None))
         return scaled
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize
 
 import normscope as ns
@@ -164,6 +165,44 @@ def test_weight_norm_has_a_right_second_derivative_where_that_of_torch_is_wrong(
     g, v = torch.rand(4, 1).double().requires_grad_(), torch.randn(4, 7).double().requires_grad_()
     method = next(parametrized(apply(nn.Linear(7, 4).double(), "wn")))[3]
     assert torch.autograd.gradgradcheck(method.forward, (g, v))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, forward mode
+def test_weight_norm_is_the_product_wherever_it_is_differentiated():
+    method = next(parametrized(apply(nn.Linear(7, 4).double(), "wn")))[3]
+    g, v, probe = torch.rand(4, 1).double(), torch.randn(4, 7).double(), torch.randn(4, 7).double()
+
+    def used(g, v):
+        return (method.forward(g, v) * probe).sum()
+
+    def product(g, v):
+        return (g * v / v.norm(dim=1, keepdim=True) * probe).sum()
+
+    raw = g.clone().requires_grad_(), v.clone().requires_grad_()
+    expected = torch.autograd.grad(product(*raw), raw)
+    for found in (torch.autograd.grad(used(*raw), raw), torch.func.grad(used, (0, 1))(g, v)):
+        torch.testing.assert_close(found, expected)
+    many = torch.func.vmap(torch.func.grad(used, 1), (None, 0))(g, torch.stack([v, 2 * v]))
+    torch.testing.assert_close(many, torch.stack([expected[1], expected[1] / 2]))
+    with forward_ad.dual_level():
+        moved = forward_ad.unpack_dual(used(g, forward_ad.make_dual(v, probe))).tangent
+    torch.testing.assert_close(moved, (expected[1] * probe).sum())
+    views = torch.rand(1, 4).double().requires_grad_(), torch.randn(7, 4).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda g, v: method.forward(g.mT, v.mT), views)
+
+
+@pytest.mark.parametrize("shape", [(40, 4), (4, 40), (32, 4), (9, 7), (7, 9), (6, 6), (5, 1), (1, 9)])
+def test_the_cayley_map_is_that_of_torch_and_has_its_derivatives(shape):
+    torch.manual_seed(0)
+    layer = apply(nn.Linear(*shape[::-1], bias=False).double(), "cayley")
+    method, chain = next(parametrized(layer))[3], layer.parametrizations.weight
+    raw = torch.randn(shape, dtype=torch.float64).requires_grad_()
+    probe = torch.randn(shape, dtype=torch.float64)
+    ours, theirs = (f.forward(raw) for f in (method, method.inner))
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(w, raw, probe)[0] for w in (ours, theirs)))
+    assert torch.autograd.gradgradcheck(method.forward, (raw * 0.1,))
+    assert chain.original.shape == shape
 
 
 def test_data_dependent_initialization_of_a_model():
