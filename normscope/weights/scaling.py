@@ -48,7 +48,9 @@ def _plain(v: Tensor) -> bool:
     """Tell whether fused kernels may run: a compiler, torch.func and forward mode see the product instead."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return forward_ad._current_level < 0 and v.device.type == "cpu" and v.dtype in (torch.float32, torch.float64)
+    return (
+        forward_ad._current_level < 0 and v.device.type in ("cpu", "cuda") and v.dtype in (torch.float32, torch.float64)
+    )
 
 
 class WeightNorm(Parametrization):
@@ -72,11 +74,12 @@ class WeightNorm(Parametrization):
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """Return the weight in use."""
-        if self.dims and not (torch.is_grad_enabled() and (g.requires_grad or v.requires_grad)):
-            return torch._weight_norm(v, g, self.dim)  # one kernel where nothing is differentiated
-        if self.dims and self.dim == 0 and _plain(v):
-            fused: Tensor = _FusedRows.apply(g, v)  # type: ignore[no-untyped-call]
-            return fused
+        if self.dims and _plain(v):
+            if not (torch.is_grad_enabled() and (g.requires_grad or v.requires_grad)):
+                return torch._weight_norm(v, g, self.dim)
+            if self.dim == 0:
+                fused: Tensor = _FusedRows.apply(g, v)  # type: ignore[no-untyped-call]
+                return fused
         scaled: Tensor = v * (g / torch.linalg.vector_norm(v, dim=self.dims, keepdim=self.dims is not None))
         return scaled
 
