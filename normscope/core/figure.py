@@ -31,7 +31,7 @@ class Figure:
         y_label: label of the y axis, with unit.
         reading: how to read it, a sentence.
         log_y: whether y is logarithmic.
-        mark: "line" or "point".
+        mark: "line" or "point"; or "cell", a map whose fourth column, from -1 to 1, colors the place x, y.
         references: names of curves that were not measured but are what the others are compared with.
         rules: names of curves that are places on the x axis, as a step that was skipped; y is NaN in their rows.
     """

@@ -15,6 +15,7 @@ from normscope.metrics import conditioning
 
 _LAYERS = "linear or convolutional layer, in order of execution"
 _NAMED = "layer named in the finding"
+MOST_CELLS = 128  # features of a map of correlations, evenly spaced where there are more
 _ROUNDING = 1e-8  # of the largest eigenvalue; what is smaller is rounding in float32
 
 
@@ -57,6 +58,20 @@ def _spectra(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
             ranks = np.arange(1, len(shown) + 1)
             parts.append(curve(columns, ranks, shown, f"{site}, step {steps[finite[-1]]}"))
     return tidy(parts, columns)
+
+
+def _correlations(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
+    """Correlations of one layer's inputs: of the site named, else where they are strongest on average."""
+    stored = {site: conditioning.correlation(record, site) for site in conditioning.correlated(record)}
+    known = [site for site in sites if site in stored]
+    strongest = sorted(stored, key=lambda site: float(np.nan_to_num(np.abs(stored[site])).mean()), reverse=True)
+    if not stored:
+        return pd.DataFrame(columns=list(CORRELATIONS.columns))
+    site = [*known, *strongest][0]
+    width = len(stored[site])
+    shown = np.unique(np.linspace(0, width - 1, min(width, MOST_CELLS)).astype(int))
+    across, down = np.meshgrid(shown.astype(float), shown.astype(float))
+    return curve(CORRELATIONS.columns, across.ravel(), down.ravel(), site, stored[site][np.ix_(shown, shown)].ravel())
 
 
 def _depth(values: pd.DataFrame, sites: tuple[str, ...], columns: tuple[str, ...], slot: str) -> pd.DataFrame:
@@ -138,4 +153,16 @@ SPECTRA = Figure(
     y_label="eigenvalue of the second moment",
     reading="A flat curve uses all directions alike; a steep one is ruled by its first few, a cliff marks unused ones.",
     log_y=True,
+)
+CORRELATIONS = Figure(
+    id="conditioning.correlations",
+    title="Correlations between the features of a layer's input",
+    explains=(),
+    prepare=_correlations,
+    columns=("feature", "other", "layer", "correlation"),
+    x_label="feature",
+    y_label="feature",
+    reading="White off the diagonal is whitened; blocks of color are features that say the same. Where no finding names "
+    "a layer, it is the one whose features agree most. Of a feature that does not vary nothing is shown.",
+    mark="cell",
 )

@@ -26,6 +26,8 @@ def draw(figure: Figure, frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     if ax is None:
         ax = Canvas(figsize=(6.4, 3.6), layout="constrained").subplots()
+    if figure.mark == "cell":
+        return _draw_cells(figure, frame, ax)
     x, y, curve = figure.columns[:3]
     handles: dict[str, Artist] = {}
     measured = 0
@@ -44,6 +46,18 @@ def draw(figure: Figure, frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
             (handles[str(name)],) = ax.plot(*points, "o" if dots else "-", color=color, linewidth=1.6, markersize=3)
             measured += 1
     _dress(ax, figure, handles, logarithmic(figure, frame))
+    return ax
+
+
+def _draw_cells(figure: Figure, frame: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw a map, the first row on top, with its scale beside it."""
+    for name, part in frame.groupby(figure.columns[2], sort=False):
+        cells = part.pivot(index=figure.columns[1], columns=figure.columns[0], values=figure.columns[3])
+        image = ax.pcolormesh(cells.columns, cells.index, cells, cmap="RdBu_r", vmin=-1, vmax=1)
+        ax.figure.colorbar(image, ax=ax, label=figure.columns[3])
+        ax.invert_yaxis()
+        ax.set_title(str(name), fontsize="small", loc="right", parse_math=False)
+    _dress(ax, figure, {}, log=False)
     return ax
 
 

@@ -294,6 +294,11 @@ def collapse(record: Record, *, start: bool) -> Collapse:
     return Collapse(estimate, sites[0], sites[-1], first, last)
 
 
+def correlated(record: Record) -> list[str]:
+    """Return the inputs of which correlations were stored, in order of execution."""
+    return list(tables.arrays(record, "correlation", slot="input"))
+
+
 def correlation(record: Record, site: str) -> np.ndarray:
     """Return the last stored correlations between the features of a layer's input.
 

@@ -29,16 +29,18 @@ def picture(figure: Figure, record: Record, sites: tuple[str, ...]) -> Picture |
 
     Returns:
         Title, reading, labels and curves; each curve has a name, a kind ("measured", "reference" or "rule"), its place
-        in the palette, x, y and texts for hovering; numbers that are not finite are None. None if nothing can be drawn.
+        in the palette, x, y and texts for hovering; a map has kind "cells" and rows z; numbers that are not finite are
+        None. None if nothing can be drawn.
     """
     frame = figure.prepare(record, sites)
     drawn = frame[~frame[figure.columns[2]].isin(figure.rules)] if len(frame) else frame
-    if not np.isfinite(drawn[figure.columns[1]].to_numpy(float)).any():
+    if not np.isfinite(drawn[figure.columns[3 if figure.mark == "cell" else 1]].to_numpy(float)).any():
         return None
     curves: list[Picture] = []
     for name, part in frame.groupby(figure.columns[2], sort=False):
         index = sum(curve["kind"] == "measured" for curve in curves)
-        curves.append(_curve(figure, name, part, index % len(CURVES)))
+        cells = figure.mark == "cell"
+        curves.append(_cells(figure, name, part) if cells else _curve(figure, name, part, index % len(CURVES)))
     return {
         "title": figure.title,
         "reading": figure.reading,
@@ -65,6 +67,19 @@ def _curve(figure: Figure, name: Hashable, part: pd.DataFrame, index: int) -> Pi
         "x": [_plain(value) for value in shown[figure.columns[0]].to_numpy(float)],
         "y": [] if kind == "rule" else [_plain(value) for value in values[kept]],
         "text": texts if any(texts) else [],
+    }
+
+
+def _cells(figure: Figure, name: Hashable, part: pd.DataFrame) -> Picture:
+    cells = part.pivot(index=figure.columns[1], columns=figure.columns[0], values=figure.columns[3])
+    return {
+        "name": str(name),
+        "kind": "cells",
+        "color": 0,
+        "x": [_plain(value) for value in cells.columns.to_numpy(float)],
+        "y": [_plain(value) for value in cells.index.to_numpy(float)],
+        "z": [[_plain(value) for value in row] for row in cells.to_numpy(float).round(3)],
+        "text": [],
     }
 
 

@@ -44,13 +44,11 @@ class _FusedRows(torch.autograd.Function):
         return dg, g / length * (grad - dg * unit)
 
 
-def _plain(v: Tensor) -> bool:
+def _eager() -> bool:
     """Tell whether fused kernels may run: a compiler, torch.func and forward mode see the product instead."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return (
-        forward_ad._current_level < 0 and v.device.type in ("cpu", "cuda") and v.dtype in (torch.float32, torch.float64)
-    )
+    return forward_ad._current_level < 0
 
 
 class WeightNorm(Parametrization):
@@ -74,10 +72,10 @@ class WeightNorm(Parametrization):
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """Return the weight in use."""
-        if self.dims and _plain(v):
+        if self.dims and _eager():
             if not (torch.is_grad_enabled() and (g.requires_grad or v.requires_grad)):
                 return torch._weight_norm(v, g, self.dim)
-            if self.dim == 0:
+            if self.dim == 0 and v.dtype in (torch.float32, torch.float64):
                 fused: Tensor = _FusedRows.apply(g, v)  # type: ignore[no-untyped-call]
                 return fused
         scaled: Tensor = v * (g / torch.linalg.vector_norm(v, dim=self.dims, keepdim=self.dims is not None))

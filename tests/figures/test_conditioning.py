@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import normscope as ns
+from normscope.core.store import Store
 from normscope.figures import OVERVIEW, conditioning
 from normscope.figures.draw import draw
 from normscope.metrics import conditioning as metrics
 from normscope.report.page import page
+from normscope.report.pictures import picture
 
 FIGURES = dict(OVERVIEW)["Conditioning"]
 
@@ -22,7 +24,7 @@ def record():
     torch.manual_seed(0)
     model = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(8, 8), nn.Tanh())), nn.Linear(8, 3))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with ns.attach(model, optimizer, every=10, probes="covariance") as scope:
+    with ns.attach(model, optimizer, every=10, probes=("covariance", "correlation")) as scope:
         for _ in range(120):
             x = torch.randn(64, 8)
             optimizer.zero_grad()
@@ -38,7 +40,9 @@ def test_a_figure_prepares_the_columns_it_declares_and_draws(figure, record):
     assert tuple(frame.columns) == figure.columns
     assert np.isfinite(frame[figure.columns[1]].to_numpy(float)).any()
     assert frame[figure.columns[2]].nunique() <= 4
-    assert len(draw(figure, frame).lines) == frame[figure.columns[2]].nunique()
+    ax = draw(figure, frame)
+    drawn = ax.collections if figure.mark == "cell" else ax.lines
+    assert len(drawn) == frame[figure.columns[2]].nunique()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +78,36 @@ def test_the_spectra_are_the_stored_eigenvalues(record):
     name = f"4/input, step {steps[-1]}"
     assert frame["curve"].iloc[0] == name
     assert frame.loc[frame["curve"] == name, "eigenvalue"].to_numpy() == pytest.approx(values[-1])
+
+
+def test_the_map_holds_the_stored_correlations_of_the_layer_named(record):
+    frame = conditioning.CORRELATIONS.prepare(record, ("4/input",))
+    assert set(frame["layer"]) == {"4/input"}
+    expected = metrics.correlation(record, "4/input")
+    assert frame["correlation"].to_numpy() == pytest.approx(expected.ravel())
+    assert frame[["other", "feature"]].to_numpy().tolist() == [[i, j] for i in range(8) for j in range(8)]
+    ax = draw(conditioning.CORRELATIONS, frame)
+    [mesh] = ax.collections
+    assert np.asarray(mesh.get_array()).reshape(8, 8) == pytest.approx(expected)
+    assert mesh.get_clim() == (-1, 1)
+    assert ax.yaxis_inverted()
+
+
+def test_the_map_shows_the_most_correlated_layer_and_at_most_so_many_features():
+    store = Store(None, "run", {})
+    for site, width, off in (("a/input", 6, 0.9), ("b/input", 300, 0.2), ("c/input", 2, np.nan)):
+        store.site(site, {"module": site[0], "slot": "input", "order": 0})
+        store.array(0, site, "train", "value", "correlation", np.full((width, width), off).ravel())
+    store.commit()
+    record = store.record()
+    assert set(conditioning.CORRELATIONS.prepare(record, ())["layer"]) == {"a/input"}
+    wide = conditioning.CORRELATIONS.prepare(record, ("b/input",))
+    assert wide["feature"].nunique() == wide["other"].nunique() == conditioning.MOST_CELLS
+    assert (wide["feature"].min(), wide["feature"].max()) == (0, 299)
+    assert picture(conditioning.CORRELATIONS, record, ("c/input",)) is None
+    told = picture(conditioning.CORRELATIONS, record, ())
+    assert told["curves"][0]["z"] == [[0.9] * 6] * 6
+    assert picture(conditioning.CORRELATIONS, Store(None, "empty", {}).record(), ()) is None
 
 
 def test_the_page_has_a_section_of_the_subject_with_every_picture(record):

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 
 from normscope.core.store import Store
@@ -154,6 +155,26 @@ def contrast(first, second):
         linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         light.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
     return (max(light) + 0.05) / (min(light) + 0.05)
+
+
+def test_it_draws_a_map_of_correlations(browser, tmp_path):
+    store = Store(None, "correlated", {})
+    store.site("<b>fc</b>/input", {"module": "<b>fc</b>", "slot": "input", "order": 0})
+    found = [[1.0, -0.5, float("nan")], [-0.5, 1.0, float("nan")], [float("nan")] * 3]
+    store.array(0, "<b>fc</b>/input", "train", "value", "correlation", np.array(found).ravel())
+    store.commit()
+    browser.emulate()
+    browser.open(write_report(store.record(), [], tmp_path / "report.html"))
+    plot = "document.querySelector('[data-picture=\"conditioning.correlations\"] .plot')"
+    kind, z = browser.run(f"return [{plot}.data[0].type, {plot}.data[0].z]")
+    assert kind == "heatmap"
+    assert z == [[1, -0.5, None], [-0.5, 1, None], [None] * 3]
+    bottom, top = browser.run(f"return {plot}._fullLayout.yaxis.range")
+    assert bottom > top
+    assert browser.run("return document.querySelector('figure .legend').textContent").strip() == "<b>fc</b>/input"
+    told = browser.point_at("[data-picture='conditioning.correlations'] .nsewdrag", 0.5, 0.17)
+    assert told == "<b>fc</b>/input1, 0: -0.500"
+    assert browser.errors() == []
 
 
 def test_names_stay_text_in_the_page_and_in_plotly(browser, tmp_path):

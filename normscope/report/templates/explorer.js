@@ -1,11 +1,5 @@
 // The explorer: one statistic of all layers over all steps as a map, and one layer of it as a line.
 
-const SCALES = {
-  sequential: "Viridis",
-  signed: [
-    [0, "#2166ac"], [0.25, "#92c5de"], [0.5, "#f7f7f7"], [0.75, "#f4a582"], [1, "#b2182b"],
-  ],
-};
 const ROW = 13; // height of a row of the map
 const control = Object.fromEntries(["quantity", "stat", "phase", "layer", "log"].map((id) => [id, byId(id)]));
 const decoded = new Map();

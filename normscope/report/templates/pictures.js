@@ -22,11 +22,32 @@ function curveTrace(curve, picture) {
   };
 }
 
+/** A map of values from -1 to 1. */
+function cellTrace(cells) {
+  return {
+    type: "heatmap",
+    x: cells.x,
+    y: cells.y,
+    z: cells.z,
+    zmin: -1,
+    zmax: 1,
+    colorscale: SCALES.signed,
+    colorbar: { thickness: 12, outlinewidth: 0, tickfont: { size: 11, color: color("soft") } },
+    hovertemplate: `${escaped(cells.name)}<br>%{x}, %{y}: %{z:.3f}<extra></extra>`,
+  };
+}
+
 /** What a position is called when hovering: "comparable layer" of "comparable layer, in order of execution". */
 const axisWord = (label) => label.split(",")[0];
 
 function makePicture(picture) {
   return () => {
+    if (picture.mark === "cell") {
+      return {
+        traces: picture.curves.map(cellTrace),
+        layout: layoutOf({ xaxis: axis(picture.x, { showgrid: false }), yaxis: axis("", { showgrid: false, autorange: "reversed" }) }),
+      };
+    }
     const last = (curve) => (curve.kind === "measured" ? 1 : 0);
     const ordered = [...picture.curves].sort((a, b) => last(a) - last(b));
     return {

@@ -4,6 +4,12 @@ const byId = (id) => document.getElementById(id);
 const facts = JSON.parse(byId("facts").textContent);
 const CONFIG = { displayModeBar: false, responsive: true, showLink: false, doubleClick: "reset" };
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif";
+const SCALES = {
+  sequential: "Viridis",
+  signed: [
+    [0, "#2166ac"], [0.25, "#92c5de"], [0.5, "#f7f7f7"], [0.75, "#f4a582"], [1, "#b2182b"],
+  ],
+};
 const coarse = matchMedia("(pointer: coarse)");
 
 /** Color of the theme, by the name of its custom property. */
