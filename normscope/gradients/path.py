@@ -44,8 +44,11 @@ class PathSGD(BaseOptimizer):
     w <- w - lr g / k,  k = d(squared path norm) / d(w^2), from `path_scales`
 
     What the network computes after a step does not depend on how incoming and outgoing weights of a ReLU node are
-    balanced. A weight on no path has k = 0 and stays. It is the member of data-dependent path normalization that uses
-    no data.
+    balanced. A weight on no path has k = 0 and stays.
+
+    It is the member alpha = 0 of data-dependent path normalization, the one without data. Those with alpha > 0, which
+    measure a node by its second moment as well (alpha = 1 is much like batch normalization), are not provided: their
+    step could not be checked against the paper.
 
     Source: S113.
     """
