@@ -162,7 +162,7 @@ CORRELATIONS = Figure(
     columns=("feature", "other", "layer", "correlation"),
     x_label="feature",
     y_label="feature",
-    reading="White off the diagonal is whitened; blocks of color are features that say the same. Where no finding names "
-    "a layer, it is the one whose features agree most. Of a feature that does not vary nothing is shown.",
+    reading="White off the diagonal is whitened; blocks of color are features that say the same. Where no finding "
+    "names a layer, it is the one whose features agree most. Of a feature that does not vary nothing is shown.",
     mark="cell",
 )

@@ -25,7 +25,7 @@ SPAN = 8  # units a feature of the data
 ENOUGH = 2  # samples a feature from which eigenvalues are judged: with fewer the small ones are much too small
 MIN_LAYERS = 3  # below, no layer is typical
 ENDS = 3  # layers at either end over which a median is taken
-_FACTORS = {"input": ("input", "value"), "gradient": ("output*", "gradient")}
+_FACTORS = {"input": ("input", "value"), "gradient": ("output*", "gradient"), "patches": ("patches", "value")}
 _ABOUT = ("moment", "covariance")
 _SOURCE, _RANK = "huang2020layerwise", "daneshmand2020"
 
@@ -96,7 +96,7 @@ def series(record: Record, stat: str, *, factor: str = "input", about: str = "mo
     Args:
         record: record of one run.
         stat: "max", "trace", "participation", "rank", "error" or "p50" to "p100".
-        factor: "input" or "gradient".
+        factor: "input", "gradient", or "patches" for the patches that convolutions see, where they were recorded.
         about: "moment" for the second moment, "covariance" for the one about the mean.
 
     Returns:
@@ -217,7 +217,7 @@ def fisher(record: Record, percent: int | None = None) -> pd.DataFrame:
     """
     rows = tables.table(record, "samples", role="gradient") / tables.table(record, "batch", role="gradient")
     sides = []
-    for factor in _FACTORS:
+    for factor in ("input", "gradient"):
         values = series(record, "max", factor=factor)
         if percent is not None:
             values = condition_numbers(record, percent, factor=factor)

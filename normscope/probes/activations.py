@@ -352,8 +352,19 @@ class Activations:
                 self._on_site(site, attributes | {"shape": list(x.shape), "channels": state.shape[-1]})
             self._turns.expect(Site(name, call))
             current.add(site, "value", "covariance", state)
+            patched = self._turns.patches_of(module, x)
+            if patched is not None:
+                self._patches(name, call, module, patched, current)
         except Exception as error:  # whatever a layer does, the run goes on
             self._on_failure("covariance", site, error)
+
+    def _patches(self, name: str, call: int, module: nn.Module, state: torch.Tensor, current: _Pass) -> None:
+        site = str(Site(name, call, "patches"))
+        if (name, call, "patches") not in self._places:
+            self._places[name, call, "patches"] = Place(site, -1, None)
+            attributes = {"module": name, "call": call, "slot": "patches", "class": type(module).__name__}
+            self._on_site(site, attributes | {"channels": state.shape[-1]})
+        current.add(site, "value", "covariance", state)
 
     def _learn(
         self,

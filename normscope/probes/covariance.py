@@ -4,7 +4,8 @@ Those of a linear or convolutional layer are the two factors of K-FAC. A state h
 reductions: the samples themselves [m, d] while they are no more than the matrix would be; the matrix, [1, d + 2, d]
 with rows scatter about the mean, mean, count; or, for layers wider than `WIDEST`, a sketch [1, k + 2, d] with rows S w
 for k fixed Gaussian w (S = sum x x^T), sum, and count and sum |x|^2. Positions of a convolution are samples. States of
-two sets of samples merge to the state of both.
+two sets of samples merge to the state of both. On request the patches that a convolution's kernel sees are samples
+too: their second moment is the factor of K-FAC proper, with a feature for each channel and tap.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 WIDEST = 1024  # features of which all eigenvalues are taken: 0.11 s of one core, and eight times as much per doubling
 PERCENTS = (50, 80, 90, 95, 100)
 _PROBES, _HELD = 40, 8  # directions of a sketch, and of these those that tell its error
+_MOST_PATCHED = 1 << 24  # values of patches laid out at once, 64 MB
 _FLOOR = 4 * float(np.finfo(np.float32).eps)  # relative size of eigenvalues that rounding makes of zeros: below 1 eps
 _SAMPLES_FLOOR = 1e-12  # the same where the samples are kept: only their own rounding, squared
 
@@ -40,6 +42,36 @@ class Spectra(NamedTuple):
 def is_measured(module: nn.Module) -> bool:
     """Tell whether a module is a linear or convolutional layer, transposed and parametrized ones included."""
     return isinstance(module, (nn.Linear, _ConvNd))
+
+
+def has_patches(module: nn.Module) -> bool:
+    """Tell whether a module is a convolution, neither transposed nor grouped, of patches of at most `WIDEST` values."""
+    if not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd) or module.groups > 1:
+        return False
+    return module.in_channels * math.prod(module.kernel_size) <= WIDEST
+
+
+@torch.no_grad()
+def patches(module: _ConvNd, x: torch.Tensor) -> torch.Tensor:
+    """Return what the kernel of a convolution is multiplied with at each position, padding included.
+
+    Args:
+        module: a convolution with `has_patches`.
+        x: its input, with or without a batch.
+
+    Returns:
+        [positions of images, channels * taps], in the order of the flattened kernel; of as many images, at least one,
+        as keep it near `_MOST_PATCHED` values.
+    """
+    axes = len(module.kernel_size)
+    x = x[None] if x.dim() == axes + 1 else x
+    values = x.shape[1:].numel() * math.prod(module.kernel_size) // math.prod(module.stride)
+    x = x[: max(1, _MOST_PATCHED // max(1, values))]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode)
+    for axis, (size, stride, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True), 2):
+        x = x.unfold(axis, (size - 1) * gap + 1, stride)[..., ::gap]
+    return x.movedim(1, 1 + axes).flatten(1 + axes).flatten(0, axes)
 
 
 @torch.no_grad()

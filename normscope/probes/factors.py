@@ -11,10 +11,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from normscope.core.schedule import keeps_arrays
 from normscope.core.site import Site
@@ -36,12 +38,13 @@ class Factors:
         every: how often steps are sampled.
         mean: whether the loss is a mean over the batch, whose 1/N is undone in gradients.
         correlations: whether the correlations of inputs are kept with their eigenvalues.
+        patches: whether the patches that convolutions see are measured beside their inputs.
     """
 
-    def __init__(self, every: int, mean: bool, correlations: bool) -> None:
+    def __init__(self, every: int, mean: bool, correlations: bool, patches: bool = False) -> None:
         """Start with nothing measured; see the class."""
         self._turns = max(FEWEST, math.ceil(PERIOD / every))
-        self._mean, self._correlations = mean, correlations
+        self._mean, self._correlations, self._patches = mean, correlations, patches
         self._turn: dict[str, int] = {}
         self._now: int | None = None
         self._expected: set[str] = set()
@@ -60,6 +63,12 @@ class Factors:
             return False
         turn = self._turn.setdefault(name, len(self._turn) % self._turns)
         return self._now is None or turn == self._now
+
+    def patches_of(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the state of the patches of a convolution's input, None where they are not measured."""
+        if not self._patches or not covariance.has_patches(module):
+            return None
+        return covariance.observe(covariance.patches(cast(_ConvNd, module), x.detach()), -1)
 
     def expect(self, where: Site) -> None:
         """Note that the gradient of an output is measured at this step."""

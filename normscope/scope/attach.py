@@ -140,8 +140,8 @@ def attach(
         layers: which modules to watch: a glob over module paths ("layer3.*"), a module type, or a sequence of these; a
             match brings the modules below it. All by default.
         probes: which of "moments", "tails", "parameters", "normalization", "covariance", "invariance", "noise",
-            "noise-scale", "population"; all by default. On request "correlation", with "covariance": the correlations
-            of each layer's input.
+            "noise-scale", "population"; all by default. On request, with "covariance": "correlation" for the
+            correlations of each layer's input, "patches" for the second moment of the patches that convolutions see.
         problem: loss and held batches for what compares training with evaluation, and a weight with its double.
         scaler: the `torch.amp.GradScaler`, so that its scale is undone and skipped steps are known.
         reduction: how the loss joins the samples of a batch, "mean" or "sum".

@@ -31,7 +31,7 @@ from normscope.probes.transfer import to_host
 log = logging.getLogger("normscope")
 
 PROBES = ("moments", "tails", "parameters", "normalization", "covariance", *SNAPSHOTS)
-ON_REQUEST = ("correlation",)  # beside "covariance": the correlations of the inputs, d^2 values a layer
+ON_REQUEST = ("correlation", "patches")  # beside "covariance": d^2 values a layer; k^2 times as many features
 _PATIENCE = 100  # repeated steps of one optimizer before the others are asked for
 _FLUSH_STEPS = 256  # contexts of steps that wait for a sampled step at most
 _GIVE_UP_ROWS = 500_000  # rows that wait for a full disk before they are dropped
@@ -75,7 +75,7 @@ class Session:
         self.store, self.every, self.problem, self.scaler = store, every, problem, scaler
         self._norms, self._optimizers, self._named = norms, tuple(stepped), named
         self._probes = set(probes)
-        self._factors = Factors(every, reduction == "mean", "correlation" in self._probes)
+        self._factors = Factors(every, reduction == "mean", "correlation" in self._probes, "patches" in self._probes)
         self._activations = Activations(norms, self._probes, self._factors, self._on_site, self.fail)
         self._parameters = Parameters(named, self._optimizers, self._on_site)
         self._normalization = Normalization(norms, modules, self._on_site)

@@ -1,5 +1,6 @@
 """Second moments against plain float64 numpy."""
 
+import itertools
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import normscope as ns
+from normscope.metrics import conditioning as metrics
 from normscope.probes import covariance
 from normscope.probes.transfer import to_host
 
@@ -362,3 +364,84 @@ def test_correlations_are_kept_on_request():
     found = scope.record().array("2/input", "correlation")[1][0].reshape(9, 9)
     assert found == pytest.approx(np.corrcoef(taken.inputs["2"][0].double().numpy().T), abs=1e-5)
     assert all(item.stat != "correlation" for item in attached(model, [data]).channels)
+
+
+# ---- patches ---------------------------------------------------------------------------------------------------------
+
+CONVOLUTIONS = {
+    "plain": (nn.Conv2d(3, 4, 3), (5, 3, 8, 7)),
+    "padded": (nn.Conv2d(3, 4, 3, padding=1), (5, 3, 6, 6)),
+    "same": (nn.Conv2d(2, 4, (2, 4), padding="same"), (5, 2, 6, 6)),
+    "reflected": (nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="reflect"), (5, 3, 6, 6)),
+    "strided and dilated": (nn.Conv2d(3, 4, (3, 2), stride=(2, 3), dilation=(1, 2), padding=2), (4, 3, 9, 8)),
+    "without a batch": (nn.Conv2d(3, 4, 3), (3, 8, 7)),
+    "one axis": (nn.Conv1d(3, 4, 5, stride=2, padding=2), (6, 3, 20)),
+    "three axes": (nn.Conv3d(2, 4, 2, padding=1), (3, 2, 4, 3, 5)),
+}
+
+
+def unfolded(module, x):
+    """Patches [m, channels * taps] in float64, written out."""
+    x = x.detach().double().numpy()
+    axes = len(module.kernel_size)
+    x = x if x.ndim == axes + 2 else x[None]
+    if module.padding == "same":  # what is over goes to the far side
+        sides = [((k - 1) // 2, k // 2) for k in module.kernel_size]
+    else:
+        sides = [(p, p) for p in module.padding]
+    mode = {"zeros": "constant"}.get(module.padding_mode, module.padding_mode)
+    x = np.pad(x, [(0, 0), (0, 0), *sides], mode=mode)
+    spans = [(k - 1) * gap + 1 for k, gap in zip(module.kernel_size, module.dilation, strict=True)]
+    places = [range(0, n - span + 1, stride) for n, span, stride in zip(x.shape[2:], spans, module.stride, strict=True)]
+    rows = []
+    for image in x:
+        for start in itertools.product(*places):
+            cut = [slice(s, s + span, gap) for s, span, gap in zip(start, spans, module.dilation, strict=True)]
+            rows.append(image[(slice(None), *cut)].ravel())
+    return np.array(rows)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even")  # torch's own, of the case "same"
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_patches_are_what_the_kernel_sees(name):
+    module, shape = CONVOLUTIONS[name]
+    x = torch.randn(shape, generator=GENERATOR)
+    found = covariance.patches(module, x)
+    assert found.double().numpy() == pytest.approx(unfolded(module, x))
+    output = found @ module.weight.flatten(1).T + module.bias  # a convolution is this product
+    expected = module(x if x.dim() == len(module.kernel_size) + 2 else x[None])
+    assert torch.allclose(output, expected.movedim(1, -1).reshape(output.shape), atol=1e-5)
+
+
+def test_patches_are_taken_of_few_images_and_narrow_ungrouped_convolutions(monkeypatch):
+    x = torch.randn(50, 3, 8, 8, generator=GENERATOR)
+    whole = covariance.patches(nn.Conv2d(3, 4, 3), x)
+    monkeypatch.setattr(covariance, "_MOST_PATCHED", 20000)
+    few = covariance.patches(nn.Conv2d(3, 4, 3), x)
+    assert len(whole) == 50 * 36
+    assert len(few) == 36 * (20000 // (3 * 64 * 9))
+    assert torch.equal(few, whole[: len(few)])
+    refused = (nn.Conv2d(128, 8, 3), nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(3, 3, 3), nn.Linear(3, 3))
+    assert [covariance.has_patches(module) for module in refused] == [False] * 4
+
+
+def test_patches_are_recorded_on_request():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    data = batch((30, 2, 6, 6))
+    taken = Taken(model, ("2",))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with ns.attach(model, optimizer, every=1, probes=("covariance", "patches")) as scope:
+        F.cross_entropy(model(data[0]), data[1]).backward()
+        optimizer.step()
+    record = scope.record()
+    rows = unfolded(model[2], taken.inputs["2"][0])
+    names = {stat for block in record.blocks if block.site == "2/patches" for stat in block.stats}
+    scalars = {name: float(record.series("2/patches", name).iloc[0]) for name in names}
+    assert (scalars["samples"], scalars["width"]) == rows.shape == (30 * 16, 54)
+    check(scalars, rows)
+    kappa = metrics.condition_numbers(record, factor="patches")
+    assert list(kappa) == ["0/patches", "2/patches"]
+    values = reference(rows)
+    assert kappa["2/patches"].iloc[0] == pytest.approx(values[0] / values[26], rel=1e-3)
+    assert not [site for site in attached(model, [data]).sites["site"] if site.endswith("/patches")]
