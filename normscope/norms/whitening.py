@@ -41,8 +41,11 @@ def whiten(
     """
     batched = examples and z.ndim > 3
     order = [2, 0, 1, *range(3, z.ndim)] if batched else list(range(z.ndim))
-    x, gain, bias = (v if v is None else _five(v.permute(order), batched) for v in (z, gain, bias))
-    gain, bias = (v if v is None else v[0, ..., 0].expand(z.shape[0], -1, -1) for v in (gain, bias))
+    x = _five(z.permute(order), batched)
+    gain, bias = (v if v is None else _five(v.permute(order), batched) for v in (gain, bias))
+    if all(v is None or v.shape[3] == 1 for v in (gain, bias)):
+        x = x.flatten(3).unsqueeze(3)
+    gain, bias = (v if v is None else v[0, ..., 0].expand(x.shape[1:4]) for v in (gain, bias))
     y, *stats = _whiten(x, gain, bias, operation)
     back = [order.index(axis) for axis in range(z.ndim)]
     named = dict(zip(("mean", "covariance", "sigma", "matrix"), stats, strict=True))
@@ -93,9 +96,8 @@ class _Scratch:
         return torch.sub(part, mean[..., None, None], out=self.like(part)).flatten(0, 1)
 
     def scaled(self, part: Tensor, gain: Tensor | None) -> Tensor:
-        if gain is None:
-            return part.contiguous().flatten(0, 1)
-        return torch.mul(part, gain.unsqueeze(-1), out=self.like(part)).flatten(0, 1)
+        scaled = part if gain is None else torch.mul(part, gain.unsqueeze(-1), out=self.like(part))
+        return scaled.flatten(0, 1)
 
 
 def _products(rows: Tensor, others: Tensor, number: int) -> Tensor:
@@ -104,8 +106,22 @@ def _products(rows: Tensor, others: Tensor, number: int) -> Tensor:
     return product.reshape(number, -1, *product.shape[1:]).sum(0)
 
 
+def _folded(matrix: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return gain W where all channels of a row have one gain; else W, and the gain to apply apart."""
+    return (matrix, gain) if gain is None or gain.shape[2] > 1 else (matrix * gain, None)
+
+
+def _map(out: Tensor, matrix: Tensor, rows: Tensor, place: tuple[slice, slice]) -> Tensor:
+    """Write matrix times rows `[examples * areas, F, K, L]` into a part of out, and return that part."""
+    part = out[place].flatten(0, 1).flatten(2)
+    return torch.bmm(_batched(matrix[place[1]], len(out[place])), rows.flatten(2), out=part)
+
+
 class _Whiten(torch.autograd.Function):
-    """Inputs: x `[R, A, F, K, L]`, statistics over R, K and L; gain and bias `[A, F, K]`."""
+    """Inputs: x `[R, A, F, K, L]`, statistics over R, K and L; gain and bias `[A, F, K]`.
+
+    Products that are linear in x take the mean from what they give; sums of products take it from x, not to cancel.
+    """
 
     @staticmethod
     def forward(
@@ -113,7 +129,7 @@ class _Whiten(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         count = len(x) * x.shape[3] * x.shape[4]
         factor = 1 / (count - 1) if operation.unbiased else 1 / count
-        mean = x.mean((0, 3, 4))
+        mean = x.mean(4).mean((0, 3))
         covariance = x.new_zeros(*mean.shape, x.shape[2])
         scratch = _Scratch(x)
         for place in _chunks(x):
@@ -125,14 +141,16 @@ class _Whiten(torch.autograd.Function):
             sigma = operation.regularized(leaf)
             root = operation.matrix(sigma)
         matrix = root.detach()
+        wide, after = _folded(matrix, gain)
+        shift = wide @ -mean.unsqueeze(-1)
+        shift = shift if after is None else shift * after
+        shift = (shift if bias is None else shift + bias).unsqueeze(-1)
         y = x.new_empty(x.shape)
         for place in _chunks(x):
-            rows, area = scratch.centered(x[place], mean[place[1]]).flatten(2), place[1]
-            torch.bmm(_batched(matrix[area], len(x[place])), rows, out=y[place].flatten(0, 1).flatten(2))
-            if gain is not None:
-                y[place].mul_(gain[area].unsqueeze(-1))
-            if bias is not None:
-                y[place].add_(bias[area].unsqueeze(-1))
+            _map(y, wide, x[place].flatten(0, 1), place)
+            if after is not None:
+                y[place].mul_(after[place[1]].unsqueeze(-1))
+            y[place].add_(shift[place[1]])
         ctx.save_for_backward(x, gain, bias, mean, matrix)
         ctx.operation, ctx.leaf, ctx.root, ctx.factor, ctx.count = operation, leaf, root, factor, count
         statistics = (mean.clone(), covariance, sigma.detach(), matrix.clone())
@@ -149,24 +167,25 @@ class _Whiten(torch.autograd.Function):
         channels = range(x.shape[3])
         cross = x.new_zeros(len(channels), *matrix.shape)
         total = x.new_zeros(*mean.shape, len(channels))
-        scratch, second = _Scratch(x), _Scratch(x)
+        scratch = _Scratch(x)
         for place in _chunks(x):
             rows, slopes = scratch.centered(x[place], mean[place[1]]), grad[place].flatten(0, 1)
-            total[place[1]] += grad[place].sum((0, 4))
+            total[place[1]] += grad[place].sum(4).sum(0)
             for k in channels:
                 cross[k, place[1]] += _products(slopes[:, :, k], rows[:, :, k], len(x[place]))
-        wide = 1.0 if gain is None else gain
         grad_root = cross.sum(0) if gain is None else (cross * gain.movedim(-1, 0).unsqueeze(-1)).sum(0)
         (grad_covariance,) = torch.autograd.grad(ctx.root, ctx.leaf, grad_root, retain_graph=True)
         spread = (grad_covariance + grad_covariance.mT) * ctx.factor
-        shift = (matrix.mT @ (total * wide).sum(-1, keepdim=True)).unsqueeze(-1) / -ctx.count
+        wide, before = _folded(matrix, gain)
+        weighted = total if before is None else total * before
+        shift = wide.mT @ weighted.sum(-1, keepdim=True) / -ctx.count - spread @ mean.unsqueeze(-1)
         grad_x = x.new_empty(x.shape)
         for place in _chunks(x):
-            number, area, out = len(x[place]), place[1], grad_x[place].flatten(0, 1).flatten(2)
-            slopes = second.scaled(grad[place], None if gain is None else gain[area])
-            torch.bmm(_batched(matrix[area].mT, number), slopes.flatten(2), out=out)
-            out.baddbmm_(_batched(spread[area], number), scratch.centered(x[place], mean[area]).flatten(2))
-            grad_x[place].add_(shift[area])
+            out = _map(
+                grad_x, wide.mT, scratch.scaled(grad[place], None if before is None else before[place[1]]), place
+            )
+            out.baddbmm_(_batched(spread[place[1]], len(x[place])), x[place].flatten(0, 1).flatten(2))
+            grad_x[place].add_(shift[place[1]].unsqueeze(-1))
         grad_gain = None if gain is None else (cross * matrix).sum(-1).movedim(0, -1)
         return grad_x, grad_gain, None if bias is None else total, None
 
