@@ -1,4 +1,7 @@
-"""The compositions that torch has a fused kernel for."""
+"""The compositions that torch has a fused kernel for.
+
+The layer has checked the input, so that the kernels are called without the checks of torch.nn.functional.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.backends import cudnn
 
 from normscope.norms.affine import scale_shift
 from normscope.norms.area import Area, Batch, Group, Instance, Layer, Position
@@ -68,33 +71,34 @@ def _batch_norm(host: Any, x: Tensor, axis: int) -> Tensor:
     weight, bias = _parameters(host)
     population = host.population
     if type(population) is Current:
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, host.eps)
+        return torch.batch_norm(x, weight, bias, None, None, True, 0.0, host.eps, cudnn.enabled)
     momentum = population.momentum
     if host.training:
         host.num_batches_tracked.add_(1)
         momentum = 1.0 / float(host.num_batches_tracked) if momentum is None else momentum
     mean, var = host.running_mean, host.running_var
-    return F.batch_norm(x, mean, var, weight, bias, host.training, momentum or 0.0, host.eps)
+    return torch.batch_norm(x, weight, bias, mean, var, host.training, momentum or 0.0, host.eps, cudnn.enabled)
 
 
 def _instance_norm(host: Any, x: Tensor, axis: int) -> Tensor:
-    return F.instance_norm(x, None, None, *_parameters(host), True, 0.0, host.eps)
+    return torch.instance_norm(x, *_parameters(host), None, None, True, 0.0, host.eps, cudnn.enabled)
 
 
 def _group_norm(host: Any, x: Tensor, axis: int) -> Tensor:
-    return F.group_norm(x, host.area.groups, *_parameters(host), host.eps)
+    return torch.group_norm(x, host.area.groups, *_parameters(host), host.eps, cudnn.enabled)
 
 
 def _layer_norm(host: Any, x: Tensor, axis: int) -> Tensor:
     weight, bias = _parameters(host)
     if axis == 1 and x.ndim > 2:
-        return F.group_norm(x, 1, weight, bias, host.eps)
-    return F.layer_norm(x, x.shape[x.ndim - (host.area.dims or 1) :], weight, bias, host.eps)
+        return torch.group_norm(x, 1, weight, bias, host.eps, cudnn.enabled)
+    shape = x.shape[x.ndim - (host.area.dims or 1) :]
+    return torch.layer_norm(x, shape, weight, bias, host.eps, cudnn.enabled)
 
 
 def _position_norm(host: Any, x: Tensor, axis: int) -> Tensor:
     z = x.movedim(1, -1) if axis == 1 else x
-    y = F.layer_norm(z, z.shape[-1:], *_parameters(host), host.eps)
+    y = torch.layer_norm(z, z.shape[-1:], *_parameters(host), host.eps, cudnn.enabled)
     return y.movedim(-1, 1) if axis == 1 else y
 
 
@@ -105,7 +109,7 @@ def _rms_norm(host: Any, x: Tensor, axis: int) -> Tensor:
     if axis == 1 and x.ndim > 2:
         return _rms_of_maps(host, x)
     dims = getattr(host.area, "dims", 0) or 1
-    return F.rms_norm(x, x.shape[x.ndim - dims :], weight, host.eps)
+    return torch.rms_norm(x, x.shape[x.ndim - dims :], weight, host.eps)
 
 
 def _rms_of_maps(host: Any, x: Tensor) -> Tensor:
