@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
+from normscope.norms.affine import scale_shift
 from normscope.norms.area import Batch
 from normscope.norms.families.mixtures_base import ChannelNorm
 from normscope.norms.layer import Norm, Normalization, in_float
@@ -308,7 +309,8 @@ class AttentiveContextNorm(ChannelNorm):
 
     def weights(self, x: Tensor) -> Tensor:
         """Return the weight of each point `(N, K)`; those of a set add up to 1."""
-        local, share = self.attention(x.flatten(2).mT).unbind(2)
+        weight, bias = self.attention.weight.expand(len(x), -1, -1), self.attention.bias.unsqueeze(1)
+        local, share = torch.baddbmm(bias, weight, x.flatten(2)).unbind(1)
         logits = local + nn.functional.logsigmoid(share)
         found: Tensor = logits.softmax(1)
         return found
@@ -318,7 +320,9 @@ class AttentiveContextNorm(ChannelNorm):
         """Normalize sets of points `(N, C, K)`, or maps `(N, C, *)`."""
         Batch().axis(x, self.num_features)
         z = x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
-        w = self.weights(z).unsqueeze(1)
-        mean = (w * z).sum(2, keepdim=True)
-        var = (w * (z - mean).square()).sum(2, keepdim=True)
-        return self.recover(((z - mean) * (var + self.eps).rsqrt()).reshape(x.shape), x)
+        w = self.weights(z).unsqueeze(2)
+        # the mean taken away as a constant: squares do not cancel, and its gradient comes with what is left of it
+        centered = z - (z @ w).detach()
+        mean = (centered @ w).squeeze(2)
+        factor = ((centered.square() @ w).squeeze(2) - mean.square() + self.eps).rsqrt()
+        return self.recover(scale_shift(centered, factor, -mean * factor).reshape(x.shape), x)

@@ -145,8 +145,14 @@ class SelfRescaled(Recovery):
 
     def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
         """Scale."""
-        gate = torch.tanh((x * channels(host.direction, x, axis)).sum(axis, keepdim=True))
-        return y * (channels(host.weight, y, axis) + gate * channels(host.rescale, y, axis))
+        if axis == -1 or x.ndim == 2:
+            gate = torch.tanh((x @ host.direction).unsqueeze(-1))
+            return y * (host.weight + gate * host.rescale)
+        # sums over channels as products: those of a strided axis are slow
+        columns = (len(x), -1, -1)
+        gate = torch.tanh(host.direction.unsqueeze(0).expand(columns) @ x.flatten(2))
+        wide = torch.baddbmm(host.weight.unsqueeze(-1), host.rescale.unsqueeze(-1).expand(columns), gate)
+        return y * wide.reshape(y.shape)
 
 
 @dataclass(frozen=True, repr=False)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from normscope.core.errors import ArgumentError
+from normscope.norms.affine import scale_shift
 from normscope.norms.area import Batch
-from normscope.norms.average import rows
 from normscope.norms.layer import Normalization, in_float
 from normscope.norms.part import Traits, positive
+from normscope.norms.recovery import channels
 
 
 class _Region(Normalization):
@@ -17,16 +18,20 @@ class _Region(Normalization):
 
     eps: float
 
+    def centered(self, x: Tensor) -> Tensor:
+        """Subtract the mean as a constant, so that squares do not cancel."""
+        return x - channels(self.average.mean(Batch().split(x)).detach(), x, 1)
+
     def standardize(self, x: Tensor, mask: Tensor) -> Tensor:
         """Standardize the region that a mask `(N, 1, *)` of zeros and ones selects; 0 elsewhere."""
-        z, m = Batch().split(x), Batch().split(mask)
-        part = self.average.mean(m)
-        share = part.clamp_min(torch.finfo(x.dtype).tiny)
-        mean = self.average.mean(z * m) / share
-        centered = (z - rows(mean, z)) * m
-        # the region fills only a part of the batch, and so does its variance
-        var = self.average.mean(centered.square())
-        return Batch().merge(centered * rows(((var + self.eps) / share).rsqrt(), z), x)
+        share = self.average.mean(Batch().split(mask)).clamp_min(torch.finfo(x.dtype).tiny)
+        part = x * mask
+        whole, var = self.average.moments(Batch().split(part))
+        mean = whole / share
+        # the region fills only a part of the batch, and so does its variance: outside it is its mean
+        var = (var + whole.square() * (1 - 1 / share)).clamp_min(0)
+        scale = ((var + self.eps) / share).rsqrt()
+        return scale_shift(part, scale, None) - mask * channels(mean * scale, x, 1)
 
 
 class RegionNorm(_Region):
@@ -75,7 +80,7 @@ class RegionNorm(_Region):
             raise ArgumentError(
                 f"mask={found} must have the shape {(x.shape[0], 1, *x.shape[2:])}; 1 marks the region."
             )
-        mask = mask.to(x)
+        x, mask = self.centered(x), mask.to(x)
         y = torch.zeros_like(x)
         for place, m in enumerate((mask, 1 - mask)):
             standardized = self.standardize(x, m)
@@ -121,6 +126,7 @@ class LearnedRegionNorm(_Region):
         summary = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
         s = torch.sigmoid(self.importance(summary))
         mask = (s.detach() >= self.threshold).to(x)
+        x = self.centered(x)
         y = self.standardize(x, mask) + self.standardize(x, 1 - mask)
         gain, bias = self.gain_map(s), self.bias_map(s)
         return torch.addcmul(y + bias, y, gain)
