@@ -320,9 +320,7 @@ class AttentiveContextNorm(ChannelNorm):
         """Normalize sets of points `(N, C, K)`, or maps `(N, C, *)`."""
         Batch().axis(x, self.num_features)
         z = x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
-        w = self.weights(z).unsqueeze(2)
-        # the mean taken away as a constant: squares do not cancel, and its gradient comes with what is left of it
-        centered = z - (z @ w).detach()
-        mean = (centered @ w).squeeze(2)
-        factor = ((centered.square() @ w).squeeze(2) - mean.square() + self.eps).rsqrt()
-        return self.recover(scale_shift(centered, factor, -mean * factor).reshape(x.shape), x)
+        w = self.weights(z).unsqueeze(1)
+        mean = (w * z).sum(2)
+        factor = ((w * (z - mean.unsqueeze(2)).square()).sum(2) + self.eps).rsqrt()
+        return self.recover(scale_shift(z, factor, -mean * factor).reshape(x.shape), x)

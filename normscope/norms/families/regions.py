@@ -22,16 +22,14 @@ class _Region(Normalization):
         """Subtract the mean as a constant, so that squares do not cancel."""
         return x - channels(self.average.mean(Batch().split(x)).detach(), x, 1)
 
-    def standardize(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Standardize the region that a mask `(N, 1, *)` of zeros and ones selects; 0 elsewhere."""
+    def coefficients(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a and b `(1, C)` of a x + b, standard within the region of a mask `(N, 1, *)` of zeros and ones."""
         share = self.average.mean(Batch().split(mask)).clamp_min(torch.finfo(x.dtype).tiny)
-        part = x * mask
-        whole, var = self.average.moments(Batch().split(part))
-        mean = whole / share
+        whole, var = self.average.moments(Batch().split(x * mask))
         # the region fills only a part of the batch, and so does its variance: outside it is its mean
         var = (var + whole.square() * (1 - 1 / share)).clamp_min(0)
         scale = ((var + self.eps) / share).rsqrt()
-        return scale_shift(part, scale, None) - mask * channels(mean * scale, x, 1)
+        return scale, -whole / share * scale
 
 
 class RegionNorm(_Region):
@@ -81,16 +79,15 @@ class RegionNorm(_Region):
                 f"mask={found} must have the shape {(x.shape[0], 1, *x.shape[2:])}; 1 marks the region."
             )
         x, mask = self.centered(x), mask.to(x)
-        y = torch.zeros_like(x)
-        for place, m in enumerate((mask, 1 - mask)):
-            standardized = self.standardize(x, m)
-            if self.gain is not None and self.bias is not None:
-                shape = (-1, *(1,) * (x.ndim - 2))
-                bias = self.bias[place].reshape(shape)
-                standardized = standardized * (1 + self.gain[place].reshape(shape))
-                standardized = standardized + (bias if self.published else bias * m)
-            y = y + standardized
-        return y
+        pairs = [self.coefficients(x, m) for m in (mask, 1 - mask)]
+        if self.gain is not None and self.bias is not None:
+            biases = self.bias.sum(0).expand_as(self.bias) if self.published else self.bias
+            pairs = [
+                (scale * (1 + gain), shift * (1 + gain) + bias)
+                for (scale, shift), gain, bias in zip(pairs, self.gain, biases, strict=True)
+            ]
+        inside, outside = (scale_shift(x, *pair) for pair in pairs)
+        return torch.where(mask > 0, inside, outside)
 
 
 class LearnedRegionNorm(_Region):
@@ -125,8 +122,9 @@ class LearnedRegionNorm(_Region):
         """Normalize `(N, C, H, W)`."""
         summary = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
         s = torch.sigmoid(self.importance(summary))
-        mask = (s.detach() >= self.threshold).to(x)
-        x = self.centered(x)
-        y = self.standardize(x, mask) + self.standardize(x, 1 - mask)
+        selected = s.detach() >= self.threshold
+        x, mask = self.centered(x), selected.to(x)
+        inside, outside = (scale_shift(x, *self.coefficients(x, m)) for m in (mask, 1 - mask))
+        y = torch.where(selected, inside, outside)
         gain, bias = self.gain_map(s), self.bias_map(s)
         return torch.addcmul(y + bias, y, gain)
