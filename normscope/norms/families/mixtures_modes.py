@@ -136,29 +136,30 @@ class MixtureNorm(ChannelNorm):
             center = self.average.mean(z).mT
             points = points - center
             posterior = self._fit(points)
-            share, mean, var = self._weighted(points, posterior)
+            share, mean, var = self._weighted(points, points.square(), posterior)
             track(self, self.momentum, mean=mean + center.mT, var=var, share=share)
         else:
             share, mean, var = (kept(b, z) for b in (self.running_share, self.running_mean, self.running_var))
-            posterior = self._posterior(points, share, mean, var)
+            posterior = self._posterior(points, points.square(), share, mean, var)
         factor = (var + self.eps).rsqrt()
         weights = posterior * share.detach().clamp_min(torch.finfo(z.dtype).eps).rsqrt().unsqueeze(1)
         y = points * (factor.mT @ weights) - (mean * factor).mT @ weights
         return self.recover(Batch().merge(y.reshape(z.shape), x), x)
 
-    def _weighted(self, points: Tensor, posterior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return share `(K,)`, mean and variance `(K, C)` of points `(C, M)` with posteriors `(K, M)`."""
+    def _weighted(self, points: Tensor, squares: Tensor, posterior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return share `(K,)`, mean and variance `(K, C)` of points and squares `(C, M)` with posteriors `(K, M)`."""
         count = points.shape[1]
         share = self.average.over(posterior.sum(1), count)
         safe = share.clamp_min(torch.finfo(points.dtype).eps).unsqueeze(1)
         mean = self.average.over(posterior @ points.mT, count) / safe
-        square = self.average.over(posterior @ points.square().mT, count) / safe
+        square = self.average.over(posterior @ squares.mT, count) / safe
         return share, mean, (square - mean.square()).clamp_min(0)
 
     @torch.no_grad()
     def _fit(self, points: Tensor) -> Tensor:
         """Return posteriors `(K, M)` of points `(C, M)` centered on their mean."""
-        spread = self.average.mean(points.square().unsqueeze(0)).mT
+        squares = points.square()
+        spread = self.average.mean(squares.unsqueeze(0)).mT
         line = (points * (spread + self.eps).rsqrt()).sum(0)
         scale = self.average.mean(line.square().reshape(1, 1, -1)).sqrt().squeeze()
         probabilities = torch.arange(1, self.components).to(points) / self.components
@@ -166,17 +167,18 @@ class MixtureNorm(ChannelNorm):
         label = (line.unsqueeze(0) > cuts.unsqueeze(1)).sum(0)
         posterior = torch.nn.functional.one_hot(label, self.components).to(points).mT
         for _ in range(self.iterations):
-            posterior = self._posterior(points, *self._weighted(points, posterior))
+            posterior = self._posterior(points, squares, *self._weighted(points, squares, posterior))
         return posterior
 
-    def _posterior(self, points: Tensor, share: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _posterior(self, points: Tensor, squares: Tensor, share: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """Return p(k | x) `(K, M)` for diagonal Gaussians."""
         spread = var + self.eps
-        distance = torch.stack([
-            (((points - m.unsqueeze(1)).square()) / s.unsqueeze(1)).sum(0) for m, s in zip(mean, spread, strict=True)
-        ])
+        # sum of (x - m)^2 / s as products: no tensor of the size of the batch for each component
+        slope = mean / spread
+        distance = spread.reciprocal() @ squares - 2 * slope @ points + (slope * mean).sum(1, keepdim=True)
         log = (share.clamp_min(torch.finfo(points.dtype).tiny)).log() - 0.5 * spread.log().sum(1)
-        return (log.unsqueeze(1) - 0.5 * distance).softmax(0).detach()
+        return (log.unsqueeze(1) - 0.5 * distance).softmax(0)
 
 
 class ExemplarNorm(RunningNorm):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normscope.norms import roots
-from normscope.norms.average import LOCAL, rows
+from normscope.norms.average import LOCAL
 from normscope.norms.families.mixtures_base import ChannelNorm, enough, instances, kept, unbiased
 from normscope.norms.layer import in_float
 from normscope.norms.part import Traits, divide, require
@@ -88,14 +88,15 @@ class SwitchableWhitening(ChannelNorm):
         shape = (*z.shape[:3], z.shape[2])
         sigma = torch.stack([w * found[k][1].expand(shape) for w, k in zip(q, names, strict=True)]).sum(0)
         root = roots.newton(sigma + self.eps * torch.eye(z.shape[2]).to(z), self.iterations)
-        return self.recover((root @ (z - mean.unsqueeze(-1))).reshape(x.shape), x)
+        y = torch.baddbmm((root @ -mean.unsqueeze(-1)).flatten(0, 1), root.flatten(0, 1), z.flatten(0, 1))
+        return self.recover(y.reshape(x.shape), x)
 
     def _moments(self, z: Tensor, x: Tensor) -> tuple[Moments, ...]:
         """Return means `[N or 1, groups, c or 1]` and covariances of all kinds."""
         mean = z.mean(3)
         centered = z - mean.unsqueeze(-1)
         covariance = centered @ centered.mT / z.shape[3]
-        batch = self._batch(z, x)
+        batch = self._batch(mean, covariance, z, x)
         enough(z.shape[1:].numel(), x)
         layer, biased = LOCAL.moments(z.flatten(1, 2).unsqueeze(1))
         eye = torch.eye(z.shape[2]).to(z)
@@ -108,12 +109,15 @@ class SwitchableWhitening(ChannelNorm):
             layer_moments,
         )
 
-    def _batch(self, z: Tensor, x: Tensor) -> Moments:
+    def _batch(self, means: Tensor, covariances: Tensor, z: Tensor, x: Tensor) -> Moments:
+        """Return those of the batch, which follow from those of its examples."""
         if not self.training:
             return kept(self.running_mean, z).unsqueeze(0), kept(self.running_covariance, z).unsqueeze(0)
-        b = z.permute(1, 2, 0, 3)
-        enough(b.shape[2:].numel(), x)
-        mean = self.average.mean(b)
-        covariance = self.average.products(b - rows(mean, b))
+        length = z.shape[3]
+        count = len(z) * length
+        enough(count, x)
+        mean = self.average.over(means.sum(0) * length, count)
+        apart = (means - mean).movedim(0, -1)
+        covariance = self.average.over((covariances.sum(0) + apart @ apart.mT) * length, count)
         track(self, self.momentum, mean=mean, covariance=covariance)
         return mean.unsqueeze(0), covariance.unsqueeze(0)

@@ -87,14 +87,15 @@ class SemanticNorm(Normalization):
         several(z.shape[2], x, self)
         regions = self.layout(x)
         share = regions / regions.sum(2, keepdim=True)
-        mean = share @ z.mT
         # about the mean of the instance, so that squares do not cancel
-        centered = z - z.mean(2, keepdim=True)
+        middle = z.mean(2, keepdim=True)
+        centered = z - middle
         offset = share @ centered.mT
+        mean = offset + middle.mT
         var = (share @ centered.square().mT - offset.square()).clamp_min(0)
         scale = (var + self.eps).rsqrt()
         if self.gain is not None:
             scale = scale * self.gain
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        y = z * (scale.mT @ regions) + shift.mT @ regions
-        return x + self.residual * y.reshape(x.shape)
+        y = torch.addcmul(shift.mT @ regions, z, scale.mT @ regions)
+        return torch.addcmul(x, self.residual, y.reshape(x.shape))
