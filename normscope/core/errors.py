@@ -14,6 +14,10 @@ class ArgumentError(NormscopeError, ValueError):
     """An argument has a value that cannot work."""
 
 
+class Unmeasurable(NormscopeError):
+    """Something cannot be measured of this model; the message says why."""
+
+
 class StoreError(NormscopeError, OSError):
     """A run cannot be written or read: path, schema version or damage."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 ARRAYS_PER_RUN = 64
 _DENSE, _RATIO = 8, 1.25
 _KEPT = frozenset(range(_DENSE)) | {round(_DENSE * _RATIO**k) for k in range(ARRAYS_PER_RUN - 1 - _DENSE)}
+_RARE = frozenset(sorted(_KEPT)[::4])
 
 
 def is_sampled(step: int, every: int) -> bool:
@@ -29,3 +30,18 @@ def keeps_arrays(sample: int) -> bool:
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24]
     """
     return sample in _KEPT
+
+
+def is_rare(sample: int) -> bool:
+    """Tell whether what costs much is measured at the n-th sampled step: at every fourth of those that keep arrays.
+
+    Args:
+        sample: index of the sampled step, from 0.
+
+    Returns:
+        Whether it is one of them; each lies about 2.4 times as far as the one before.
+
+    >>> [n for n in range(200) if is_rare(n)]
+    [0, 4, 8, 20, 48, 116]
+    """
+    return sample in _RARE

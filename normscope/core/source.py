@@ -42,6 +42,7 @@ ALIASES: dict[str, str] = {
     "huang2020layerwise": "S117",
     "daneshmand2020": "S138",
     "vanlaarhoven2017": "S125",
+    "santurkar2018": "S132",
     "ghorbani2019": "S134",
     "yang2019": "S139",
     "nado2020": "S152",
@@ -154,6 +155,13 @@ FURTHER: tuple[Source, ...] = (
         f"{_ARXIV}1412.1193",
     ),
     Source("yao2020", "PyHessian: Neural Networks Through the Lens of the Hessian", 2020, f"{_ARXIV}1912.07145"),
+    Source(
+        "cohen2021",
+        "Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability",
+        2021,
+        f"{_ARXIV}2103.00065",
+    ),
+    Source("cohen2022", "Adaptive Gradient Methods at the Edge of Stability", 2022, f"{_ARXIV}2207.14484"),
     Source("meyer2021", "Hutch++: Optimal Stochastic Trace Estimation", 2021, f"{_ARXIV}2010.09649"),
     Source(
         "dettmers2022", "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022, f"{_ARXIV}2208.07339"

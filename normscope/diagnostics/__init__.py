@@ -10,7 +10,7 @@ import numpy as np
 from normscope.core.errors import ArgumentError, brief
 from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.core.record import Record
-from normscope.diagnostics import conditioning, mismatch, noise, propagation, run, scale
+from normscope.diagnostics import conditioning, curvature, mismatch, noise, propagation, run, scale
 from normscope.metrics import tables
 
 Diagnostic = Callable[[Record], list[Finding]]
@@ -36,6 +36,10 @@ DIAGNOSTICS: tuple[Diagnostic, ...] = (
     conditioning.ill_conditioned_gradients,
     conditioning.curvature_dominated,
     conditioning.rank_collapse,
+    curvature.edge_of_stability,
+    curvature.outliers,
+    curvature.trace_dominated,
+    curvature.negative,
     scale.invariance,
     scale.effective_rate,
     scale.equilibrium,

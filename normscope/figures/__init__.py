@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normscope.core.figure import Figure
-from normscope.figures import conditioning, mismatch, noise, propagation, run, scale
+from normscope.figures import conditioning, curvature, mismatch, noise, propagation, run, scale
 
 FIGURES: tuple[Figure, ...] = (
     propagation.SIGNAL,
@@ -21,6 +21,12 @@ FIGURES: tuple[Figure, ...] = (
     conditioning.LARGEST,
     conditioning.SPECTRA,
     conditioning.CORRELATIONS,
+    curvature.SHARPNESS,
+    curvature.SPECTRUM,
+    curvature.OUTLIERS,
+    curvature.SHARES,
+    curvature.LAYERS,
+    curvature.PATH,
     scale.DEFECTS,
     scale.RATES,
     scale.ANGLES,
@@ -54,6 +60,17 @@ OVERVIEW: tuple[tuple[str, tuple[Figure, ...]], ...] = (
             conditioning.CURVATURE,
             conditioning.LARGEST,
             conditioning.CORRELATIONS,
+        ),
+    ),
+    (
+        "Curvature",
+        (
+            curvature.SHARPNESS,
+            curvature.SPECTRUM,
+            curvature.LAYERS,
+            curvature.OUTLIERS,
+            curvature.SHARES,
+            curvature.PATH,
         ),
     ),
     ("Scale", (scale.NORMS, scale.RATES, scale.ANGLES, scale.DEFECTS)),

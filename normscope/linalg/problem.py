@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -175,6 +176,21 @@ class Problem:
         with random_states(self.model), generator_state(self.batches):
             return list(islice(self.batches, count))
 
+    def on(self, batches: Sequence[Any], dtype: torch.dtype | None = None) -> Problem:
+        """Return the same problem on other batches, those of this rank alone.
+
+        Args:
+            batches: the batches.
+            dtype: type to compute in; that of this problem by default.
+
+        Returns:
+            A problem that shares model and loss.
+        """
+        made = copy.copy(self)
+        made.batches, made.distributed, made.dtype = list(batches), False, dtype or self.dtype
+        made._unused = made._hessian = None
+        return made
+
     def __repr__(self) -> str:
         """Say what the problem holds, and how it differs from the training loss."""
         selected = sum(0 if is_lazy(p) else p.numel() for p in self._selected().values())
@@ -210,14 +226,14 @@ class Problem:
         return self._selected()
 
     @contextmanager
-    def running(self, model: nn.Module) -> Iterator[Callable[[Any], Evaluated]]:
+    def running(self, model: nn.Module) -> Iterator[Callable[..., Evaluated]]:
         """Set the model up and give back everything at the end.
 
         Args:
             model: the model or its copy.
 
         Yields:
-            A function that evaluates a batch with gradient.
+            A function that evaluates a batch with gradient; with parameters by name, at these.
         """
         with ExitStack() as stack:
             stack.enter_context(restored(model))
@@ -276,10 +292,11 @@ class _Call(nn.Module):
             output, target, gradient.checked_loss(self.loss(output, target)), _samples(output, batch), self.loss
         )
 
-    def evaluate(self, batch: Any) -> Evaluated:
+    def evaluate(self, batch: Any, parameters: Mapping[str, Tensor] = MappingProxyType({})) -> Evaluated:
         """Run on copies of the buffers: writing the old values back would break a graph that is kept."""
-        copies = {f"model.{name}": buffer.detach().clone() for name, buffer in self.model.named_buffers()}
-        found: Evaluated = functional_call(self, copies, (batch,))
+        taken = {f"model.{name}": buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+        taken |= {f"model.{name}": value for name, value in parameters.items()}
+        found: Evaluated = functional_call(self, taken, (batch,))
         return found
 
 

@@ -126,7 +126,7 @@ def table(
 
 
 def arrays(
-    record: Record, stat: str, *, slot: str = "output*", role: str = "value"
+    record: Record, stat: str, *, slot: str = "output*", role: str = "value", phase: str = "train"
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return the per-channel arrays of one statistic at all sites, in order of execution.
 
@@ -135,13 +135,14 @@ def arrays(
         stat: the statistic, as "rms".
         slot: glob over slots.
         role: "value" or "gradient".
+        phase: "train", "batch", "population" or "noise".
 
     Returns:
         site -> steps [n] and values [n, channels]; where the number of channels changed, only those of the last width.
     """
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for item in record.channels:
-        wanted = (item.phase, item.role, item.stat) == ("train", role, stat)
+        wanted = (item.phase, item.role, item.stat) == (phase, role, stat)
         if wanted and fnmatchcase(item.site.rpartition("/")[2], slot) and item.values:
             width = len(item.values[-1])
             kept = [i for i, values in enumerate(item.values) if len(values) == width]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 _MAX_DEPTH = 6  # nesting of tuples, dicts and dataclasses that is followed
 
@@ -73,6 +74,26 @@ def batch_size(args: tuple[object, ...], kwargs: Mapping[str, object]) -> int:
     """Return the first dimension of the first tensor among the arguments of a call, 0 where there is none."""
     first = first_tensor(args, kwargs)
     return 0 if first is None or first.is_nested or not first.dim() else int(first.shape[0])
+
+
+def cut(batch: Any, size: int, start: int, length: int) -> Any:
+    """Return some samples of a batch; what does not have its first dimension is for all samples.
+
+    Args:
+        batch: any nesting of tensors.
+        size: its samples.
+        start: the first to return.
+        length: how many.
+
+    Returns:
+        The same nesting.
+    """
+
+    def part(value: Any) -> Any:
+        whole = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == size
+        return value[start : start + length] if whole else value
+
+    return pytree.tree_map(part, batch)
 
 
 def own_axis(module: nn.Module) -> int | None:

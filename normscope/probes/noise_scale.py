@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from normscope.core.site import Site
 from normscope.linalg.problem import HELD, Problem
@@ -84,7 +83,7 @@ def chunks(batches: Sequence[Any], wanted: int) -> tuple[list[Any], int]:
     if size < 1:
         return [], 0
     places = [(i, start) for i, n in enumerate(sizes) for start in range(0, n - size + 1, size)]
-    found = [_cut(batches[i], sizes[i], start, size) for i, start in places[: min(MOST, max(total // size, 1))]]
+    found = [layout.cut(batches[i], sizes[i], start, size) for i, start in places[: min(MOST, max(total // size, 1))]]
     return found, size
 
 
@@ -126,13 +125,3 @@ def _thinned(gradient: torch.Tensor, stride: int) -> torch.Tensor:
     """Return every k-th element, scaled so that its squared norm estimates that of the whole."""
     flat = (gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()).reshape(-1)
     return flat if stride == 1 else flat[::stride] * (len(flat) / len(flat[::stride])) ** 0.5
-
-
-def _cut(batch: Any, size: int, start: int, length: int) -> Any:
-    """Return some samples of a batch; what does not have its first dimension is for all samples."""
-
-    def part(value: Any) -> Any:
-        whole = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == size
-        return value[start : start + length] if whole else value
-
-    return pytree.tree_map(part, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,11 +44,19 @@ def label(optimizer: torch.optim.Optimizer, among: Sequence[torch.optim.Optimize
 
 def owner(parameter: torch.Tensor, among: Sequence[torch.optim.Optimizer]) -> tuple[str, int | None]:
     """Return optimizer and group that hold a parameter; ("", None) where none does."""
+    for optimizer, number in holding(parameter, among):
+        return label(optimizer, among), number
+    return "", None
+
+
+def holding(
+    parameter: torch.Tensor, among: Sequence[torch.optim.Optimizer]
+) -> Iterator[tuple[torch.optim.Optimizer, int]]:
+    """Yield each optimizer that holds a parameter, with the number of its group."""
     for optimizer in among:
         for number, group in enumerate(optimizer.param_groups):
             if any(p is parameter for p in group["params"]):
-                return label(optimizer, among), number
-    return "", None
+                yield optimizer, number
 
 
 # optimizers whose step is known, by the class of torch that defines it
@@ -66,18 +74,17 @@ def rule(parameter: torch.Tensor, among: Sequence[torch.optim.Optimizer]) -> dic
         rule ("sgd", "adam" or "muon"; "" where step is not one of torch's), decoupled (whether decay multiplies the
         weight instead of joining the gradient), nesterov and dampening of the momentum; empty for no owner.
     """
-    for optimizer in among:
-        for group in optimizer.param_groups:
-            if any(p is parameter for p in group["params"]):
-                step = type(optimizer).step
-                name = str(getattr(step, "__qualname__", "")).partition(".")[0]
-                torchs = str(getattr(step, "__module__", "")).startswith("torch.optim")
-                return {
-                    "rule": _RULES.get(name, "") if torchs else "",
-                    "decoupled": name in ("AdamW", "Muon") or bool(group.get("decoupled_weight_decay", False)),
-                    "nesterov": bool(group.get("nesterov", False)),
-                    "dampening": known(group.get("dampening", 0)) or 0,
-                }
+    for optimizer, number in holding(parameter, among):
+        group = optimizer.param_groups[number]
+        step = type(optimizer).step
+        name = str(getattr(step, "__qualname__", "")).partition(".")[0]
+        torchs = str(getattr(step, "__module__", "")).startswith("torch.optim")
+        return {
+            "rule": _RULES.get(name, "") if torchs else "",
+            "decoupled": name in ("AdamW", "Muon") or bool(group.get("decoupled_weight_decay", False)),
+            "nesterov": bool(group.get("nesterov", False)),
+            "dampening": known(group.get("dampening", 0)) or 0,
+        }
     return {}
 
 

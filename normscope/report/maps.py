@@ -86,7 +86,12 @@ QUANTITIES: tuple[Quantity, ...] = (
             Stat("var_noise", "noise of the batch variance", "log"),
         ),
     ),
-    Quantity("parameters", (), "value", (_NORM, Stat("value", "gain or bias", "signed"))),
+    Quantity(
+        "parameters",
+        (),
+        "value",
+        (_NORM, Stat("value", "gain or bias", "signed"), Stat("trace", "trace of the Hessian", "signed")),
+    ),
     Quantity("gradients of parameters", (), "gradient", (_NORM, Stat("cosine", "cosine with the weight", "signed"))),
     Quantity(
         "updates of parameters",

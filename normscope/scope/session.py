@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from normscope.core.errors import StoreError
-from normscope.core.schedule import is_sampled, keeps_arrays
+from normscope.core.errors import StoreError, Unmeasurable
+from normscope.core.schedule import is_rare, is_sampled, keeps_arrays
 from normscope.core.site import Site
 from normscope.core.store import Store
 from normscope.linalg.problem import Problem
@@ -24,7 +24,7 @@ from normscope.probes.activations import Activations, Measured, on_host
 from normscope.probes.factors import Factors
 from normscope.probes.normalization import MAX_CHANNELS, Normalization
 from normscope.probes.parameters import Parameters, squared_norm
-from normscope.probes.snapshots import ENDS, SNAPSHOTS, Held
+from normscope.probes.snapshots import ENDS, RARE, SNAPSHOTS, Held
 from normscope.probes.stream import Stream
 from normscope.probes.transfer import to_host
 
@@ -81,9 +81,12 @@ class Session:
         self._normalization = Normalization(norms, modules, self._on_site)
         self._stream = Stream()
         self._forward_batch = 0  # samples in the last forward pass of training
+        self._trained = 0  # samples in all of them
         self._ends: set[str] = set()  # sites of the whole model that the record knows
         self._order = 0
         self._samples = 0
+        self._sampled_at = 0
+        self._taken: set[str] = set()  # snapshots of the last sampled step that have found something
         self._unheard = False  # whether a sampled step without any forward hook was reported
         self._latest: tuple[int, list[tuple[str, summary.Row]]] | None = None
         self._failed_commits = 0
@@ -109,6 +112,7 @@ class Session:
                 return
             self._see_skip()
             self._forward_batch = layout.batch_size(args, kwargs)
+            self._trained += self._forward_batch
             if self.active:
                 self._see_batch(layout.first_tensor(args, kwargs))
             self._forwards += 1
@@ -224,9 +228,10 @@ class Session:
             self._see_skip()
             self.active = False
             self._activations.discard()
-            if self._latest is not None:
-                step, rows = self._latest
-                fresh = self._snapshots(ends=True) if measure else []
+            if self._samples:
+                step, rows = self._latest or (self._sampled_at, [])
+                due = set(SNAPSHOTS) if self._latest else RARE - self._taken
+                fresh = self._snapshots(due, ends=True) if measure else []
                 self._learn_ends([row for _, row in fresh])
                 for phase, row in fresh:
                     self.store.scalars(step, row.site, phase, row.role, row.stats, row.values)
@@ -348,9 +353,10 @@ class Session:
         with np.errstate(all="ignore"):  # a diverged run holds infinities
             rows = [("train", row) for row in self._measured_rows()]
         self._samples += 1
+        self._sampled_at, self._taken = self.step, set()
         keep = keeps_arrays(self._samples - 1)
         if keep:
-            rows += self._snapshots(ends=self._samples == 1)
+            rows += self._snapshots(self._due(), ends=self._samples == 1)
         self._learn_ends([row for _, row in rows])
         for phase, row in rows:
             self.store.scalars(self.step, row.site, phase, row.role, row.stats, row.values)
@@ -408,17 +414,29 @@ class Session:
         if found:
             self._factors.submit(self.step, found, None if batch is None else float(batch), scale or 1.0)
 
-    def _snapshots(self, *, ends: bool) -> list[tuple[str, summary.Row]]:
+    def _due(self) -> set[str]:
+        """Return the snapshots of a sampled step that keeps arrays; weights at rest are looked at but once."""
+        rare = is_rare(self._samples - 1) and bool(self._optimizers)
+        passed_over = set() if self._samples == 1 else ENDS if rare else ENDS | RARE
+        return set(SNAPSHOTS) - passed_over
+
+    def _snapshots(self, due: set[str], *, ends: bool) -> list[tuple[str, summary.Row]]:
         """Measure the held batches; a snapshot that fails is switched off, the others go on."""
         if self.problem is None:
             return []
         rows: list[tuple[str, summary.Row]] = []
         active, self.active, self._suspended = self.active, False, True
-        held = Held(self.problem, self._norms, self._named, self._forward_batch)
+        sizes = self._forward_batch, self._trained
+        held = Held(self.problem, self._norms, self._named, *sizes, ends, self._optimizers)
         for name, measure in SNAPSHOTS.items():
-            if name in self._probes and (ends or name not in ENDS):
+            if name in self._probes and name in due:
                 try:
-                    rows += [(phase, row) for phase, some in measure(held).items() for row in some]
+                    found = [(phase, row) for phase, some in measure(held).items() for row in some]
+                    rows += found
+                    self._taken |= {name} if found else set()
+                except Unmeasurable as error:
+                    self._probes.discard(name)
+                    self.store.event(self.step, "note", "", f"{name} cannot be measured here: {error}")
                 except Exception as error:  # the run goes on
                     self.fail(name, "", error)
         self.active, self._suspended = active, False

@@ -12,6 +12,7 @@ from normscope.core.source import cite
 from normscope.diagnostics import (
     DIAGNOSTICS,
     conditioning,
+    curvature,
     diagnose,
     id_of,
     mismatch,
@@ -24,7 +25,7 @@ from tests.metrics.records import Network, at, over_depth
 
 RULES = [
     rule
-    for module in (conditioning, mismatch, noise, propagation, run, scale)
+    for module in (conditioning, curvature, mismatch, noise, propagation, run, scale)
     for rule in vars(module).values()
     if type(rule).__name__ == "Rule"
 ]
@@ -87,6 +88,7 @@ def test_healthy_runs_get_no_warning(network):
     found = diagnose(network().record())
     assert [f for f in found if f.verdict in (Verdict.FAILURE, Verdict.WARNING)] == []
     needs_problem = {"mismatch.train-eval-gap", "noise.gradient-noise", "noise.small-batch"}
+    needs_problem |= {"curvature.edge-of-stability"}
     assert {f.id for f in found if f.verdict is Verdict.UNDECIDED} <= needs_problem
 
 

@@ -31,6 +31,10 @@ ILLUSTRATED = [
     "conditioning.ill-conditioned-gradients",
     "conditioning.curvature-dominated",
     "conditioning.rank-collapse",
+    "curvature.edge-of-stability",
+    "curvature.outliers",
+    "curvature.trace-dominated",
+    "curvature.negative",
     "scale.invariance",
     "scale.effective-rate",
     "scale.equilibrium",
@@ -71,8 +75,9 @@ def test_a_figure_prepares_the_columns_it_declares(figure, record):
     )
     frame = figure.prepare(record, sites)
     assert tuple(frame.columns) == figure.columns
-    # no activation of this network is bounded, and its record has no second moments: see test_conditioning
-    assert len(frame) or figure.id == "propagation.saturation" or figure.id.startswith("conditioning.")
+    # no activation of this network is bounded, and its record has no second moments or curvature: see test_conditioning
+    # and test_curvature
+    assert len(frame) or figure.id == "propagation.saturation" or figure.id.startswith(("conditioning.", "curvature."))
     measured = frame[~frame[figure.columns[2]].isin(figure.rules)]
     assert measured[figure.columns[1]].dtype == float or not len(frame)
     assert measured[figure.columns[2]].nunique() - len(figure.references) <= 4
