@@ -21,7 +21,7 @@ GROWN = 0.1  # growth of the held loss, of its size
 OUTLYING = 6.0  # largest eigenvalue over the K-th
 SHARE = 0.9  # of the trace in one layer
 FEWEST_LAYERS = 4
-NEGATIVE = 0.4  # of the absolute mass of the spectrum
+NEGATIVE = 0.5  # of the absolute mass of the spectrum
 _CERTAIN = 3.0  # standard errors
 
 PASS_PROBLEM = (
@@ -62,9 +62,10 @@ TRACE_DOMINATED = Rule(
 NEGATIVE_CURVATURE = Rule(
     id="curvature.negative",
     threshold=NEGATIVE,
-    threshold_source="identity: 0.5 for a spectrum that is symmetric about 0, as of a random matrix; 0 at a minimum",
+    threshold_source="identity: 0.5 for a spectrum that is symmetric about 0, as of a random matrix, 0 at a minimum; "
+    "measured: a residual network at a loss of 0.08 still has 0.42, by the one random vector of a snapshot",
     source="ghorbani2019",
-    cause="The weights are near a saddle: about as many directions go down as up, as at the start of training.",
+    cause="The weights are near a saddle: as many directions go down as up, as at the start of training.",
     remedy="Train on; where the loss has stopped falling, a larger learning rate or momentum leaves a saddle.",
 )
 
@@ -88,7 +89,9 @@ def edge_of_stability(record: Record) -> list[Finding]:
     if not np.isfinite(last["ratio"]):
         return _without_edge(metrics.snapshot(record, step), evidence)
     fraction = f"{last['ratio']:.2g} of what is stable"
-    said = f"At step {step} the sharpness is {last['sharpness']:.3g}, {fraction} at this learning rate"
+    scaled = np.isfinite(metrics.snapshot(record, step)["preconditioned"])
+    kind = "preconditioned sharpness" if scaled else "sharpness"
+    said = f"At step {step} the {kind} is {last['sharpness']:.3g}, {fraction} at this learning rate"
     broken = _growth(record, frame, step)
     if last["ratio"] > EDGE and broken:
         rate = metrics.snapshot(record, step)["lr"] / last["ratio"]

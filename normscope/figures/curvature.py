@@ -12,7 +12,8 @@ from normscope.metrics import curvature
 
 _EDGE, _HELD = "edge of stability", "at the weights"
 _NAMED = "layer named in the finding"
-_FLOOR = 1e-6  # density below which nothing is drawn
+_FLOOR = 1e-6  # of the largest density, below which nothing is drawn
+_KERNEL = 0.01  # of the width of a spectrum: that of a few steps of Lanczos is a few lines
 
 
 def _lines(series: dict[str, pd.Series], columns: tuple[str, ...]) -> pd.DataFrame:
@@ -35,8 +36,10 @@ def _spectrum(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
     del sites
     parts, found = [], curvature.spectra(record)
     for step in dict.fromkeys([*list(found)[:1], *list(found)[-1:]]):
-        grid, values = curvature.density(*found[step])
-        shown = np.where(values > _FLOOR, values, np.nan)
+        nodes, weights = found[step]
+        kernel = _KERNEL * max(float(np.ptp(nodes)), float(np.abs(nodes).max()), np.finfo(float).tiny)
+        grid, values = curvature.density(nodes, weights, variance=kernel**2)
+        shown = np.where(values > _FLOOR * values.max(), values, np.nan)
         parts.append(curve(SPECTRUM.columns, grid, shown, f"step {step}"))
     return tidy(parts, SPECTRUM.columns)
 
@@ -101,7 +104,6 @@ OUTLIERS = Figure(
     x_label="step",
     y_label="largest over K-th eigenvalue",
     reading="K is the number of classes, where the snapshot could afford it. Networks with BatchNorm stay near 2.",
-    log_y=True,
 )
 SHARES = Figure(
     id="curvature.shares",

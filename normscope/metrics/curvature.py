@@ -135,18 +135,21 @@ def negative_mass(record: Record) -> pd.Series:
     return pd.Series(found, dtype=float).rename_axis("step")
 
 
-def density(nodes: np.ndarray, weights: np.ndarray, points: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """Return a spectrum smoothed by a Gaussian kernel of variance 1e-5 max(1, width). Source: ghorbani2019.
+def density(
+    nodes: np.ndarray, weights: np.ndarray, points: int = 400, variance: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a spectrum smoothed by a Gaussian kernel. Source: ghorbani2019.
 
     Args:
         nodes: [n] where the mass lies.
         weights: [n] how much.
         points: of the grid.
+        variance: of the kernel; 1e-5 max(1, width of the spectrum) by default.
 
     Returns:
         The grid, which holds every node, and the density on it.
     """
-    variance = _VARIANCE * max(1.0, float(np.ptp(nodes)))
+    variance = _VARIANCE * max(1.0, float(np.ptp(nodes))) if variance is None else variance
     margin = _MARGIN * variance**0.5
     grid = np.sort(np.concatenate([np.linspace(nodes.min() - margin, nodes.max() + margin, points), nodes]))
     squares = np.square(grid[:, None] - nodes) / variance

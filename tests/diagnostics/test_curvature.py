@@ -97,7 +97,7 @@ def test_three_layers_are_too_few_to_share():
     assert curvature.trace_dominated(measured({0: {}}, {"a/weight": (9.0, 0.0), "b/weight": (0.1, 0.0)})) == []
 
 
-@pytest.mark.parametrize(("left", "verdict"), [(0.1, OK), (0.45, NOTE)])
+@pytest.mark.parametrize(("left", "verdict"), [(0.45, OK), (0.6, NOTE)])
 def test_negative_curvature(left, verdict):
     spectrum = np.array([-1.0, 1.0]), np.array([left, 1 - left])
     found = only(curvature.negative(measured({0: {"smallest": -1.0}}, spectrum=spectrum)))
