@@ -147,7 +147,8 @@ class SelfRescaled(Recovery):
         """Scale."""
         if axis == -1 or x.ndim == 2:
             gate = torch.tanh((x @ host.direction).unsqueeze(-1))
-            return y * (host.weight + gate * host.rescale)
+            scaled: Tensor = y * (host.weight + gate * host.rescale)
+            return scaled
         # sums over channels as products: those of a strided axis are slow
         columns = (len(x), -1, -1)
         gate = torch.tanh(host.direction.unsqueeze(0).expand(columns) @ x.flatten(2))
