@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from normscope.core.errors import ArgumentError, brief, unknown_name
 from normscope.linalg import gradient
 from normscope.linalg.operator import Operator
-from normscope.linalg.protect import generator_state, random_states, restored, without_hooks
+from normscope.linalg.protect import generator_state, random_states, restored
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
@@ -237,7 +237,6 @@ class Problem:
         """
         with ExitStack() as stack:
             stack.enter_context(restored(model))
-            stack.enter_context(without_hooks(model.parameters()))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,11 @@ from normscope.core.silence import silence
 
 @contextmanager
 def restored(model: nn.Module, heard: object = None) -> Iterator[None]:
-    """Restore modes, buffers and every random state at the end, also after an error; attached scopes hear nothing.
+    """Restore what running a model changes, at the end and after an error; attached scopes hear nothing meanwhile.
+
+    Modes, buffers, every random state, and the attributes of its modules: counters, tensors and generators that a
+    module keeps beside its buffers. The user's hooks on parameters are off. What a module changes inside a list or an
+    object of its own cannot be seen.
 
     Args:
         model: the model that runs inside.
@@ -25,21 +30,50 @@ def restored(model: nn.Module, heard: object = None) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    held = [(module, module.training, dict(module._buffers)) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with ExitStack() as versions:
-        for buffer, _ in buffers:  # a backward may still wait for it
-            versions.enter_context(_unsafe_preserve_version_counter(buffer))
+    modules = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    kept = [value for _, attributes, _ in modules for value in attributes.values()]
+    tensors = [t for t in (*model.buffers(), *kept) if isinstance(t, torch.Tensor) and not t.is_inference()]
+    copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    generators = [(value, _state(value)) for value in kept if _state(value) is not None]
+    with ExitStack() as stack:
+        for tensor, _ in copies:  # a backward may still wait for it
+            stack.enter_context(_unsafe_preserve_version_counter(tensor))
+        stack.enter_context(without_hooks(model.parameters()))
         try:
             with random_states(model), silence() if heard is None else silence(heard):
                 yield
         finally:
-            for module, training, registered in held:
-                module.training = training
-                module._buffers.update(registered)  # a module may have put new tensors in their place
+            for module, attributes, buffers in modules:
+                for name in vars(module).keys() - attributes.keys():
+                    del vars(module)[name]
+                vars(module).update(attributes)
+                module._buffers.update(buffers)  # a module may have put new tensors in their place
+            for generator, state in generators:
+                _set_state(generator, state)
             with torch.no_grad():
-                for buffer, saved in buffers:
-                    buffer.copy_(saved)
+                for tensor, saved in copies:
+                    if not torch.equal(tensor, saved):  # one that overlaps itself takes no writing, and has had none
+                        tensor.copy_(saved)
+
+
+def _state(value: object) -> Any:
+    """Return the state of a generator, None for anything else."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, (np.random.RandomState, random.Random)):
+        return value.get_state() if isinstance(value, np.random.RandomState) else value.getstate()
+    return None
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
 
 
 @contextmanager

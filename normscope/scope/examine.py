@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from normscope.core.errors import ArgumentError
 from normscope.linalg.problem import Forward, Problem, drops
-from normscope.linalg.protect import restored, without_hooks
+from normscope.linalg.protect import restored
 from normscope.scope.watch import Layers, unwrapped, watch
 
 if TYPE_CHECKING:
@@ -102,7 +102,6 @@ def _undisturbed(model: nn.Module, listener: object) -> Iterator[None]:
     held = [(p, p.grad) for p in model.parameters()]
     with ExitStack() as stack:
         stack.enter_context(restored(model, heard=listener))
-        stack.enter_context(without_hooks(p for p, _ in held))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         try:
@@ -125,5 +124,6 @@ def _run(problem: Problem, model: nn.Module, batch: Any, number: int) -> float:
         raise ArgumentError(
             f"loss: batch {number} gave {got}; it must be a scalar tensor that depends on the parameters."
         )
-    value.backward()  # type: ignore[no-untyped-call]
+    mine = [p for p in model.parameters() if p.requires_grad]  # a loss with parameters keeps its own gradients
+    value.backward(inputs=mine)  # type: ignore[no-untyped-call]
     return float(value.detach())

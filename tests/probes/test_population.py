@@ -132,7 +132,7 @@ def test_a_failing_problem_costs_its_probe_alone():
             model(held()[0][0]).sum().backward()
             optimizer.step()
     events = scope.record().events
-    failed = ["invariance", "noise-scale", "population"]
+    failed = ["curvature", "invariance", "noise-scale", "population"]
     assert events["kind"].tolist() == ["probe-failed"] * len(failed)
     assert [message.partition(": Attr")[0] for message in events["message"]] == failed
     assert len(scope.record().steps) == 3
