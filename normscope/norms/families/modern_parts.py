@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,14 +146,13 @@ class SelfRescaled(Recovery):
     def apply(self, host: Any, y: Tensor, x: Tensor, axis: int, condition: Any) -> Tensor:
         """Scale."""
         if axis == -1 or x.ndim == 2:
-            gate = torch.tanh((x @ host.direction).unsqueeze(-1))
-            scaled: Tensor = y * (host.weight + gate * host.rescale)
-            return scaled
-        # sums over channels as products: those of a strided axis are slow
-        columns = (len(x), -1, -1)
-        gate = torch.tanh(host.direction.unsqueeze(0).expand(columns) @ x.flatten(2))
-        wide = torch.baddbmm(host.weight.unsqueeze(-1), host.rescale.unsqueeze(-1).expand(columns), gate)
-        return y * wide.reshape(y.shape)
+            wide = host.weight + torch.tanh((x @ host.direction).unsqueeze(-1)) * host.rescale
+        else:
+            # sums over channels as products: those of a strided axis are slow
+            direction, rescale = (v.expand(len(x), -1).unsqueeze(1) for v in (host.direction, host.rescale))
+            gate = torch.tanh(direction @ x.flatten(2))
+            wide = torch.baddbmm(host.weight.unsqueeze(-1), rescale.mT, gate).reshape(y.shape)
+        return y * cast(Tensor, wide)
 
 
 @dataclass(frozen=True, repr=False)
