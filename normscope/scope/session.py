@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -420,7 +420,7 @@ class Session:
         passed_over = set() if self._samples == 1 else ENDS if rare else ENDS | RARE
         return set(SNAPSHOTS) - passed_over
 
-    def _snapshots(self, due: Set[str], *, ends: bool) -> list[tuple[str, summary.Row]]:
+    def _snapshots(self, due: Collection[str], *, ends: bool) -> list[tuple[str, summary.Row]]:
         """Measure the held batches; a snapshot that fails is switched off, the others go on."""
         if self.problem is None:
             return []
