@@ -12,7 +12,7 @@ from normscope.metrics import curvature
 
 _EDGE, _HELD = "edge of stability", "at the weights"
 _NAMED = "layer named in the finding"
-_FLOOR = 1e-6  # of the largest density, below which nothing is drawn
+_FLOOR = 1e-8  # of the largest density, below which nothing is drawn
 _KERNEL = 0.01  # of the width of a spectrum: that of a few steps of Lanczos is a few lines
 
 
