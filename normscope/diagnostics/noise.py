@@ -211,8 +211,10 @@ def gradient_noise(record: Record) -> list[Finding]:
         f"{f'{value:.3g} ± {scale.standard_error:.2g}' if known else f'{value:.3g} or more'} samples; batches have "
         f"{batch:.0f} (threshold {APART:g}-fold apart)"
     )
-    evidence: Evidence = {"noise_scale": value, "standard_error": scale.standard_error, "batch": batch}
-    if not scale.standard_error <= value / 2:  # it says no more than the order of magnitude
+    evidence: Evidence = {"noise_scale_at_least": value, "batch": batch}
+    if known:
+        evidence = {"noise_scale": value, "standard_error": scale.standard_error, "batch": batch}
+    if known and not scale.standard_error <= value / 2:  # it says no more than the order of magnitude
         return GRADIENT_NOISE.undecided(
             f"{said}, but the standard error of {scale.standard_error:.2g} is beyond half of it.",
             "Hold more samples, or batches, in problem=, or train on: the signal is what is hard to see.",

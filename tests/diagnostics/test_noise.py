@@ -97,10 +97,15 @@ def test_batches_that_cannot_be_judged():
     [(3.0, OK, "batch of 64 ± "), (1.1, NOTE, "A batch of about 3"), (41.0, NOTE, "A larger batch"), (21.0, OK, "640")],
 )
 def test_the_noise_scale_is_compared_with_the_batch(square, verdict, words):
-    record = gradient(Network(), 1.0, square, 32.0).record()
+    record = gradient(Network(), 1.0, square, 32.0, errors=(0.01, 0.01)).record()
     found = only(noise.gradient_noise(record))
     assert found.verdict is verdict
     assert words in found.message + found.remedy
+
+
+def test_a_scale_that_its_error_swallows_is_no_advice():
+    found = only(noise.gradient_noise(gradient(Network(), 1.0, 1.1, 32.0, errors=(0.1, 0.1)).record()))
+    assert (found.verdict, "beyond half of it" in found.message) == (UNDECIDED, True)
 
 
 def test_a_scale_without_an_upper_end():
