@@ -17,6 +17,7 @@ from normscope.diagnostics import diagnose
 from normscope.report.table import findings_table
 from normscope.report.write import findings_json, write_report
 from normscope.scope.examine import MAX_BATCHES, examine
+from normscope.scope.session import SUBJECTS
 
 RETURNS = ("model", "loss", "batches")
 
@@ -35,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON, without the paths")
     parser.add_argument(
+        "--subjects",
+        nargs="+",
+        choices=tuple(SUBJECTS),
+        default=tuple(SUBJECTS),
+        metavar="SUBJECT",
+        help=f"measure and judge these alone: {', '.join(SUBJECTS)} (default: all)",
+    )
+    parser.add_argument(
         "--batches",
         metavar="N",
         type=int,
@@ -48,8 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Examine, judge, write the run and its page; print the findings and where these are."""
     out = arguments.out or free(Path("runs") / f"examine-{arguments.factory.partition(':')[2]}")
     with called(arguments.factory, RETURNS) as (model, loss, batches):
-        record = examine(model, loss, _first(batches, arguments.batches), run=out)
-    findings = diagnose(record)
+        probes = dict.fromkeys(probe for subject in arguments.subjects for probe in SUBJECTS[subject])
+        record = examine(model, loss, _first(batches, arguments.batches), run=out, probes=probes)
+    findings = [finding for finding in diagnose(record) if finding.subject in ("run", *arguments.subjects)]
     page = write_report(record, findings, out / "report.html")
     if arguments.json:
         print(findings_json(findings), end="")

@@ -32,6 +32,14 @@ log = logging.getLogger("normscope")
 
 PROBES = ("moments", "tails", "parameters", "normalization", "covariance", *SNAPSHOTS)
 ON_REQUEST = ("correlation", "patches")  # beside "covariance": d^2 values a layer; k^2 times as many features
+SUBJECTS: Mapping[str, tuple[str, ...]] = {  # in the order in which they are told, with the probes that they need
+    "propagation": ("moments", "tails", "normalization"),
+    "conditioning": ("covariance",),
+    "curvature": ("curvature",),
+    "scale": ("parameters", "invariance"),
+    "noise": ("normalization", "noise", "noise-scale"),
+    "mismatch": ("normalization", "population"),
+}
 _PATIENCE = 100  # repeated steps of one optimizer before the others are asked for
 _FLUSH_STEPS = 256  # contexts of steps that wait for a sampled step at most
 _GIVE_UP_ROWS = 500_000  # rows that wait for a full disk before they are dropped
@@ -350,6 +358,8 @@ class Session:
     # ---- finalization of a sampled step ----------------------------------------------------------------------------
 
     def _sample(self) -> None:
+        for step, row in self._factors.collect(partial(self.fail, "covariance"), settle=False):
+            self._write(step, row)  # of earlier steps alone, so that each step has few layouts in the store
         with np.errstate(all="ignore"):  # a diverged run holds infinities
             rows = [("train", row) for row in self._measured_rows()]
         self._samples += 1
@@ -363,8 +373,6 @@ class Session:
             if keep:
                 self._write_arrays(self.step, phase, row)
         self._latest = None if keep else (self.step, rows)
-        for step, row in self._factors.collect(partial(self.fail, "covariance"), settle=False):
-            self._write(step, row)
         for settings in self._settings.values():
             for group in settings:
                 self.store.group({"step": self.step, **group})

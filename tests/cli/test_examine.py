@@ -11,6 +11,7 @@ import pytest
 
 import normscope as ns
 from normscope.cli import main
+from normscope.scope.session import PROBES, SUBJECTS
 
 SOURCE = """
 import torch
@@ -131,3 +132,14 @@ def test_what_was_wrong_with_the_factory_is_named(text, capsys, folder):
     assert error.startswith("normscope examine: ")
     assert re.search(FAILURES[text], error)
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("subjects", [["curvature"], ["scale", "conditioning"]])
+def test_chosen_subjects_are_measured_and_judged_alone(folder, capsys, subjects):
+    assert main(["examine", "examined_package.mod:make", "--out", "some", "--json", "--subjects", *subjects]) == 0
+    found = {finding["id"].partition(".")[0] for finding in json.loads(capsys.readouterr().out)}
+    assert found - {"run"} == set(subjects)
+
+
+def test_every_probe_belongs_to_a_subject():
+    assert {probe for probes in SUBJECTS.values() for probe in probes} == set(PROBES)
