@@ -195,16 +195,22 @@ def run_exists(path: str | Path) -> bool:
 
 
 def _new_file(folder: Path) -> Path:
+    """Create the file, empty, and the folder where needed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a name that no file system can hold
         raise StoreError(f"run={str(folder)!r} cannot be created ({error}); choose a folder you may write.") from error
-    if run_exists(folder):
+    path = folder / FILE_NAME
+    try:
+        path.open("x").close()  # of several processes that begin at once, one creates it
+    except FileExistsError:
         raise StoreError(
             f"run={str(folder)!r} holds a run already; choose another folder, or delete it if it is not needed. "
             f"To read it: normscope.load({str(folder)!r})."
-        )
-    return folder / FILE_NAME
+        ) from None
+    except OSError as error:
+        raise StoreError(f"run={str(folder)!r} cannot be written ({error}); choose another folder.") from error
+    return path
 
 
 def _float32(values: np.ndarray) -> bytes:

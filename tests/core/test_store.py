@@ -1,3 +1,4 @@
+import multiprocessing
 import random
 import sqlite3
 import subprocess
@@ -348,3 +349,30 @@ def test_a_reader_does_not_keep_the_writer_from_closing(tmp_path):
     store.close()
     reader.close()
     assert len(load(tmp_path / "a").steps) == 8
+
+
+def begin(folders, barrier, answers):
+    """Begin the same runs as other processes, each at the same moment; answer which were refused."""
+    refused = []
+    for folder in folders:
+        barrier.wait(30)
+        try:
+            Store(folder, "a", {}).close()
+        except StoreError as error:
+            refused.append((folder.name, "holds a run already" in str(error)))
+    answers.put(refused)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_of_processes_that_begin_the_same_run_at_once_one_does_and_its_file_stays(tmp_path):
+    system = multiprocessing.get_context("fork")
+    folders, barrier, answers = [tmp_path / str(i) for i in range(40)], system.Barrier(4), system.Queue()
+    children = [system.Process(target=begin, args=(folders, barrier, answers), daemon=True) for _ in range(4)]
+    for child in children:
+        child.start()
+    refused = [name for _ in children for name in answers.get(timeout=60)]
+    for child in children:
+        child.join(60)
+    assert sorted(refused) == sorted((folder.name, True) for folder in folders for _ in range(3))
+    assert all(load(folder).names == ("a",) for folder in folders)
