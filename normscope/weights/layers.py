@@ -58,9 +58,29 @@ def apply(
     if failures:
         reasons = " ".join(f"{', '.join(map(repr, paths[:8]))}: {why}" for why, paths in failures.items())
         raise ArgumentError(f"name={name!r} cannot be applied to some layers, so it was to none. {reasons}")
-    for module, tensor, parametrization in made:
-        parametrize.register_parametrization(module, tensor, parametrization)
+    _register(made)
     return model
+
+
+def _register(made: list[tuple[nn.Module, str, Parametrization]]) -> None:
+    """Register all parametrizations, or none: where one fails, the layers before it become what they were."""
+    weights: list[Tensor] = [getattr(module, tensor) for module, tensor, _ in made]
+    before = [(weight.detach(), dict(module._parameters)) for (module, *_), weight in zip(made, weights, strict=True)]
+    try:
+        for (module, tensor, parametrization), weight in zip(made, weights, strict=True):
+            if not weight.requires_grad:  # a frozen layer trains nothing
+                parametrization.requires_grad_(False)
+            parametrize.register_parametrization(module, tensor, parametrization)
+    except BaseException:
+        for (module, tensor, _), weight, (values, parameters) in zip(made, weights, before, strict=True):
+            if parametrize.is_parametrized(module, tensor):
+                parametrize.remove_parametrizations(module, tensor)
+                setattr(module, tensor, weight)
+            weight.data = values  # torch puts the raw tensor in its place
+            if tensor in parameters:  # in their order
+                module._parameters.clear()
+                module._parameters.update(parameters)
+        raise
 
 
 def _parameter(module: nn.Module) -> str:
@@ -102,6 +122,8 @@ def _made(
     weight = getattr(module, tensor, None)
     if not isinstance(weight, Tensor) or is_lazy(weight) or weight.ndim < 2 or not weight.is_floating_point():
         raise ArgumentError(f"{tensor!r} is no floating-point matrix or kernel with values.")
+    if not weight.is_meta and not weight.isfinite().all():
+        raise ArgumentError(f"{tensor!r} holds NaN or infinity; initialize it again, or load the weights from before.")
     tied = [
         f"{other}.{name}".lstrip(".")
         for other, owner in model.named_modules()

@@ -124,6 +124,52 @@ def test_where_one_layer_cannot_take_it_none_does():
     assert paths(net) == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["orthogonal", "oni", "weight-norm"])
+def test_a_weight_that_is_not_finite_is_refused(name, value):
+    net = model()
+    with torch.no_grad():
+        net[5].weight[0, 0] = value
+    with pytest.raises(ArgumentError, match=r"so it was to none. '5': 'weight' holds NaN or infinity"):
+        apply(net, name)
+    assert paths(net) == []
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "weight-norm", "scaled-standardized"])
+@pytest.mark.parametrize("method", ["right_inverse", "forward"])
+def test_a_layer_that_fails_takes_back_the_layers_before_it(monkeypatch, name, method):
+    net, layers = model(), weights.layers
+    before = [(path, p, p.detach().clone()) for path, p in net.named_parameters()]
+    make = layers._made
+
+    def made(*args):
+        found = make(*args)
+        if args[1] == "5":
+
+            def fails(*_):
+                raise RuntimeError("no convergence")
+
+            monkeypatch.setattr(found, method, fails)
+        return found
+
+    monkeypatch.setattr(layers, "_made", made)
+    with pytest.raises(RuntimeError, match="no convergence"):
+        apply(net, name)
+    assert paths(net) == []
+    after = list(net.named_parameters())
+    assert [(path, id(p)) for path, p in after] == [(path, id(p)) for path, p, _ in before]
+    assert all(torch.equal(p, values) for _, p, values in before)
+
+
+@pytest.mark.parametrize("name", ["scaled-standardized", "weight-norm", "orthogonal"])
+def test_a_frozen_layer_stays_frozen(name):
+    net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)).requires_grad_(False)
+    net[1].requires_grad_(True)
+    apply(net, name)
+    assert not any(p.requires_grad for p in net[0].parameters())
+    assert all(p.requires_grad for p in net[1].parameters())
+
+
 def test_a_weight_that_cannot_be_assigned_says_so():
     cell = apply(nn.RNNCell(3, 4), "scaled-cayley")
     with pytest.raises(ArgumentError, match="a weight under ScaledCayley cannot be assigned"):
