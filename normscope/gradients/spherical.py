@@ -15,6 +15,8 @@ def transport(moment: Tensor, old: Tensor, new: Tensor, eps: float = 0.0) -> Ten
 
     m <- (m (w . w+) - (m . w+) w) / (|w+|^2 + eps)
 
+    A unit of length 0, before the step or after it, has no tangent space: its moment stays.
+
     Args:
         moment: the moment m, `(C, ...)`.
         old: weights w before the step.
@@ -26,7 +28,13 @@ def transport(moment: Tensor, old: Tensor, new: Tensor, eps: float = 0.0) -> Ten
 
     Source: S122.
     """
-    return (moment * dot(old, new) - dot(moment, new) * old) / (dot(new, new) + eps)
+    moved = (moment * dot(old, new) - dot(moment, new) * old) / (dot(new, new) + eps)
+    return torch.where(_directed(old, new), moved, moment)
+
+
+def _directed(old: Tensor, new: Tensor) -> Tensor:
+    """Tell of each unit whether it has a direction both before and after a step."""
+    return (dot(old, old) > 0) & (dot(new, new) > 0)
 
 
 class AdamS(BaseOptimizer):
@@ -80,7 +88,8 @@ class AdamS(BaseOptimizer):
             old = p.clone() if self.transported else p
             p.sub_(first / (second.sqrt() / math.sqrt(1 - square**count) + group["eps"]), alpha=scale)
             if self.transported:
-                second.mul_(dot(old, old) / (dot(p, p) + group["eps"]))
+                rescaled = second * dot(old, old) / (dot(p, p) + group["eps"])
+                second.copy_(torch.where(_directed(old, p), rescaled, second))
                 first.copy_(transport(first, old, p, group["eps"]))
 
 

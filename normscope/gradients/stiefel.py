@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normscope.core.errors import ArgumentError
 from normscope.gradients.optimizer import BaseOptimizer, Group, Params, length, rate
 
 SMALL = 1e-8
@@ -27,6 +28,12 @@ class _Cayley(BaseOptimizer):
     ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor], list[Tensor]]:
         """Divide parameters into those that have at most as many rows as columns, and the rest with its gradients."""
         fits = [group["constrained"] and p.ndim > 1 and len(p) <= p[0].numel() for p in params]
+        if any(fits) and params[0].dtype not in (torch.float32, torch.float64):
+            raise ArgumentError(
+                f"params of dtype={str(params[0].dtype).removeprefix('torch.')} cannot be kept orthonormal: QR and so "
+                f"fine a constraint need float32 or float64; keep parameters in float32 (and compute under "
+                f"torch.autocast), or put these in a group with constrained=False."
+            )
         pairs = list(zip(params, grads, strict=True))
         rest = [pair for pair, fit in zip(pairs, fits, strict=True) if not fit]
         return [pair for pair, fit in zip(pairs, fits, strict=True) if fit], [p for p, _ in rest], [g for _, g in rest]

@@ -188,6 +188,32 @@ def test_one_group_may_hold_several_dtypes(name):
     torch.testing.assert_close(params[0].double(), params[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("zeroed", [("0.weight",), ("4.weight",), ("0.weight", "4.weight")])
+@pytest.mark.parametrize("name", ALL)
+def test_weights_that_start_at_zero_stay_finite(name, zeroed):
+    model = small_model()
+    with torch.no_grad():
+        for path in zeroed:
+            model.get_parameter(path).zero_()
+    optimizer = made(name, model)
+    for step in range(5):
+        train(model, optimizer, range(step, step + 1))
+        assert all(bool(w.isfinite().all()) for w in weights(model)), step
+
+
+@pytest.mark.parametrize("name", ["sgd-mrt", "adamsrt"])
+def test_a_unit_without_direction_keeps_its_moments(name):
+    w = nn.Parameter(torch.zeros(2, 3))
+    optimizer = build(name, [w], lr=0.1)
+    w.grad = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
+    optimizer.step()
+    state = optimizer.state[w]
+    moments = state["momentum_buffer"] if name == "sgd-mrt" else state["exp_avg"]
+    torch.testing.assert_close(moments, w.grad * (1.0 if name == "sgd-mrt" else 0.1))
+    if name == "adamsrt":
+        torch.testing.assert_close(state["exp_avg_sq"], torch.tensor([[0.014], [0.0]]))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_sparse_gradients_are_refused(name):
     model = small_model()
@@ -322,6 +348,17 @@ PARAMS = [torch.ones(2, 3, requires_grad=True)]
 def test_errors_say_what_to_do(call, message):
     with pytest.raises(ArgumentError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["cayley-sgd", "cayley-adam"])
+def test_orthonormal_rows_of_half_precision_are_refused(name, dtype):
+    w = nn.Parameter(torch.eye(3, 4, dtype=getattr(torch, dtype)))
+    w.grad = torch.ones_like(w)
+    with pytest.raises(ArgumentError, match=f"params of dtype={dtype} cannot be kept orthonormal.*float32"):
+        build(name, [w]).step()
+    build(name, [w], constrained=False).step()
+    assert bool(w.isfinite().all())
 
 
 def test_complex_gradients_are_refused():
