@@ -99,6 +99,8 @@ def measure(problem: Problem, stepped: Sequence[torch.optim.Optimizer], work: Wo
     size = layout.batch_size((first,), {})
     samples = min(size, max(SAMPLES, work.batch)) or 1
     batch = layout.cut(first, size, 0, samples) if 1 < samples < size else first
+    if batch is None:  # its samples cannot be told apart
+        samples, batch = size, first
     named = problem.parameters()
     steps = work.steps(sum(p.numel() for p in named.values()), samples)
     if not steps:

@@ -76,24 +76,37 @@ def batch_size(args: tuple[object, ...], kwargs: Mapping[str, object]) -> int:
     return 0 if first is None or first.is_nested or not first.dim() else int(first.shape[0])
 
 
-def cut(batch: Any, size: int, start: int, length: int) -> Any:
-    """Return some samples of a batch; what does not have its first dimension is for all samples.
+def cut(batch: Any, size: int, start: int, length: int) -> Any | None:
+    """Return some samples of a batch; numbers and tensors of length 1 are for all samples.
 
     Args:
-        batch: any nesting of tensors.
+        batch: any nesting of tensors; one that holds k rows a sample, as a flattened target does, has k times the size.
         size: its samples.
         start: the first to return.
         length: how many.
 
     Returns:
-        The same nesting.
+        The same nesting; None where a tensor's rows cannot be told by sample.
     """
+    leaves, tree = pytree.tree_flatten(batch)
+    parts = []
+    for leaf in leaves:
+        rows = _rows(leaf, size)
+        if rows is None:
+            return None
+        parts.append(leaf[start * rows : (start + length) * rows] if rows else leaf)
+    return pytree.tree_unflatten(parts, tree)
 
-    def part(value: Any) -> Any:
-        whole = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == size
-        return value[start : start + length] if whole else value
 
-    return pytree.tree_map(part, batch)
+def _rows(value: Any, size: int) -> int | None:
+    """Return how many rows of a leaf are one sample's, 0 where it is for all samples, None where that is unknown."""
+    if not isinstance(value, torch.Tensor):
+        return None if any(tensors(value)) else 0
+    if value.is_nested or value.layout is not torch.strided:
+        return None
+    if value.dim() == 0 or len(value) == 1:
+        return 0
+    return len(value) // size if len(value) % size == 0 else None
 
 
 def own_axis(module: nn.Module) -> int | None:

@@ -70,12 +70,12 @@ def chunks(batches: Sequence[Any], wanted: int) -> tuple[list[Any], int]:
     """Cut held batches into chunks of equal size.
 
     Args:
-        batches: the batches, any nesting of tensors whose first dimension is the sample.
+        batches: the batches, any nesting of tensors, see `layout.cut`.
         wanted: samples in a chunk at least, if `FEWEST` of them can be had.
 
     Returns:
         `MOST` chunks at most, of `SAMPLES` samples together at most, and the samples in each; no chunk where there are
-        too few samples.
+        too few samples, or they cannot be told apart.
     """
     sizes = [layout.batch_size((batch,), {}) for batch in batches[:MOST]]
     total = min(sum(sizes), SAMPLES)
@@ -84,7 +84,7 @@ def chunks(batches: Sequence[Any], wanted: int) -> tuple[list[Any], int]:
         return [], 0
     places = [(i, start) for i, n in enumerate(sizes) for start in range(0, n - size + 1, size)]
     found = [layout.cut(batches[i], sizes[i], start, size) for i, start in places[: min(MOST, max(total // size, 1))]]
-    return found, size
+    return ([], 0) if any(part is None for part in found) else (found, size)
 
 
 def agreement(products: np.ndarray) -> dict[str, float]:

@@ -224,6 +224,23 @@ def test_a_diverged_model_has_a_loss_alone():
     assert not np.isfinite(found["held_loss"])
 
 
+@pytest.mark.parametrize("other", [64 * 3, 100])
+def test_a_batch_is_cut_with_all_its_rows_or_not_at_all(other):
+    torch.manual_seed(0)
+    model, x, rows = nn.Linear(5, 3).double(), torch.randn(64, 5).double(), torch.randn(other).double()
+
+    def loss(output, target):
+        return (output.flatten() - target).square().mean() if other == 192 else output.square().mean()
+
+    measured = curvature.measure(ns.Problem(model, loss, [(x, rows)]), (), Work(16, 10**9, True))
+    found = stats(measured)["/output"]
+    used = curvature.SAMPLES if other == 192 else 64
+    inputs = torch.cat([x[:used], torch.ones(used, 1)], 1)
+    hessian = 2 / (3 * used) * inputs.T @ inputs
+    assert found["samples"] == used
+    assert found["sharpness"] == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=0.02)
+
+
 def test_half_precision_is_measured_in_single():
     model = make().bfloat16()
     x, y = batch()

@@ -1,5 +1,7 @@
 """The noise scale against per-sample gradients in float64, a quadratic of known noise, and accumulated gradients."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +91,49 @@ def test_chunks_are_equal_and_of_the_training_size_where_a_layer_crosses_the_bat
     assert {(p[0].shape[0], p[1]["t"].shape[0], p[2]) for p in parts} == {(32, 32, 7)}
     assert [noise_scale.chunks(batches, wanted)[1] for wanted in (40, 64, 500)] == [40, 64, 64]
     assert noise_scale.chunks([(torch.zeros(2, 1),)], 1) == ([], 0)
+
+
+class Words(nn.Module):
+    """A language model whose output is flattened, as its target is."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+
+    def forward(self, x):
+        return self.head(self.table(x)).flatten(0, 1)
+
+
+def test_flattened_targets_are_cut_with_their_samples():
+    x = torch.randint(7, (64, 12), generator=torch.Generator().manual_seed(0))
+    parts, size = noise_scale.chunks([(x, x.flatten(), torch.ones(1), 0.5)], 1)
+    assert (len(parts), size) == (8, 8)
+    assert all(torch.equal(part[1], part[0].flatten()) for part in parts)
+    assert torch.equal(torch.cat([part[0] for part in parts]), x)
+    assert {(len(part[2]), part[3]) for part in parts} == {(1, 0.5)}
+    model = Words().double()
+    found = measured(ns.Problem(model, nn.functional.cross_entropy, [(x, x.flatten())]))
+    each = []
+    for i in range(0, 64, 8):
+        loss = nn.functional.cross_entropy(model(x[i : i + 8]), x[i : i + 8].flatten())
+        each.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    products = torch.stack(each) @ torch.stack(each).T
+    assert found["signal"] == pytest.approx(float(products.sum() - products.trace()) / 56, rel=1e-6)
+
+
+@dataclass
+class Pair:
+    x: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "other", [torch.zeros(100), torch.zeros(2, 64), Pair(torch.zeros(64)), torch.eye(64).to_sparse()]
+)
+def test_a_batch_whose_samples_cannot_be_told_apart_gives_no_row(other):
+    assert noise_scale.chunks([(torch.zeros(64, 3), other)], 1) == ([], 0)
+    problem = ns.Problem(nn.Linear(3, 2), lambda output, _: output.square().mean(), [(torch.randn(64, 3), other)])
+    assert noise_scale.measure(problem, {}, 8) == {}
 
 
 def test_a_large_model_is_measured_on_some_of_its_elements(monkeypatch):
