@@ -1,20 +1,22 @@
 """Background: one thread that takes eigenvalues beside the training; numpy releases the interpreter meanwhile.
 
 Jobs read arrays that nobody else holds and return numbers, so training cannot notice them. The thread starts with the
-first job. A process forks only while no job runs: a lock that LAPACK holds at a fork would stay locked in the child.
+first job; where none can be had, as at the end of the interpreter, a job runs at once. A process forks only while no
+job runs, from whichever thread: a lock that LAPACK holds at a fork would stay locked in the child.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-Key = tuple[str, str]
+_LOCK = threading.RLock()  # held while a job is submitted, while all are waited for, and during a fork
 
 
 class Background(Generic[T]):
@@ -23,19 +25,25 @@ class Background(Generic[T]):
     def __init__(self) -> None:
         """Start nothing yet."""
         self._pool: ThreadPoolExecutor | None = None
-        self._jobs: deque[tuple[Key, Future[T]]] = deque()
+        self._jobs: deque[tuple[Hashable, Future[T]]] = deque()
         _ALIVE.add(self)
 
-    def submit(self, key: Key, job: Callable[[], T]) -> None:
+    def submit(self, key: Hashable, job: Callable[[], T]) -> None:
         """Add a job; if the last one of the same key still waits, it is waited for: training outruns the thread."""
-        last = next((future for known, future in reversed(self._jobs) if known == key), None)
-        if last is not None:
-            wait((last,))
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="normscope")
-        self._jobs.append((key, self._pool.submit(job)))
+        with _LOCK:
+            last = next((future for known, future in reversed(self._jobs) if known == key), None)
+            if last is not None:
+                wait((last,))
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(1, thread_name_prefix="normscope")
+            try:
+                future = self._pool.submit(job)
+            except RuntimeError:  # no thread can be started any more
+                self.settle()
+                future = _done(job)
+            self._jobs.append((key, future))
 
-    def finished(self) -> list[tuple[Key, Future[T]]]:
+    def finished(self) -> list[tuple[Hashable, Future[T]]]:
         """Return keys and futures of the jobs that are done, each once, in the order of submission."""
         done = []
         while self._jobs and self._jobs[0][1].done():
@@ -44,18 +52,30 @@ class Background(Generic[T]):
 
     def settle(self) -> None:
         """Wait for all jobs and end the thread; a later job begins another."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        with _LOCK:
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None
+
+
+def _done(job: Callable[[], T]) -> Future[T]:
+    """Run a job here and return what a thread would have."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(job())
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 _ALIVE: weakref.WeakSet[Background[Any]] = weakref.WeakSet()
 
 
-def _settle_all() -> None:
+def _before_fork() -> None:
+    _LOCK.acquire()  # until the fork is over, so that no thread submits between
     for background in tuple(_ALIVE):
         background.settle()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(before=_settle_all)
+    os.register_at_fork(before=_before_fork, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import cast
 
@@ -28,7 +28,10 @@ PERIOD = 50  # steps from one measurement of a layer to the next
 FEWEST = 5  # turns at least, where few steps are sampled: so no step pays for more than a fifth of the layers
 MOST_CORRELATED = 256  # features of which correlations are kept, on request
 
+MOST_LAST = 10_000  # rows whose arrays wait for the end of the run; the oldest are given up
+
 Found = tuple[int, Row]
+Taken = tuple[int, list[tuple[str, Row | Exception]]]  # a step, and of each site its row or why there is none
 
 
 class Factors:
@@ -50,7 +53,7 @@ class Factors:
         self._expected: set[str] = set()
         self._counts: Counter[tuple[str, str]] = Counter()
         self._latest: dict[tuple[str, str], Found] = {}
-        self._jobs: Background[Found] = Background()
+        self._jobs: Background[Taken] = Background()
 
     def begin(self, sample: int) -> None:
         """Begin the n-th sampled step."""
@@ -81,7 +84,7 @@ class Factors:
     def submit(
         self, step: int, found: Iterable[tuple[str, str, np.ndarray]], batch: float | None, scale: float
     ) -> None:
-        """Take the eigenvalues of what a step has left.
+        """Take the eigenvalues of what a step has left, in one job, so that its rows come together.
 
         Args:
             step: the step.
@@ -89,9 +92,8 @@ class Factors:
             batch: samples of the step, of which the loss is the mean; None where unknown: then all rows are samples.
             scale: loss scale by which gradients are divided.
         """
-        for site, role, state in found:
-            job = partial(self._row, step, site, role, state.astype(np.float32), batch, scale)
-            self._jobs.submit((site, role), job)
+        states = [(site, role, state.astype(np.float32)) for site, role, state in found]
+        self._jobs.submit(self._now, partial(self._take, step, states, batch, scale))
 
     def collect(self, on_failure: Callable[[str, Exception], None], settle: bool) -> list[Found]:
         """Return what is finished: steps and rows; arrays are in the few that the schedule keeps.
@@ -106,29 +108,45 @@ class Factors:
         if settle:
             self._jobs.settle()
         rows: list[Found] = []
-        for key, future in self._jobs.finished():
-            error = future.exception()
-            if isinstance(error, Exception):
-                on_failure(str(key[0]), error)
-                continue
-            step, row = future.result()
-            place = row.site, row.role
-            keep = keeps_arrays(self._counts[place])
-            self._counts[place] += 1
-            self._latest.pop(place, None)
-            if not keep:
-                self._latest[place] = step, row
-            rows.append((step, row if keep else row._replace(arrays={})))
+        for _, future in self._jobs.finished():
+            step, taken = future.result()
+            for site, row in taken:
+                if isinstance(row, Exception):
+                    on_failure(site, row)
+                else:
+                    rows.append((step, self._scheduled(step, row)))
         return rows
+
+    def _scheduled(self, step: int, row: Row) -> Row:
+        """Return a row, without arrays unless the schedule keeps them; the last that it does not wait for `last`."""
+        place = row.site, row.role
+        keep = keeps_arrays(self._counts[place])
+        self._counts[place] += 1
+        self._latest.pop(place, None)
+        if keep:
+            return row
+        self._latest[place] = step, row
+        if len(self._latest) > MOST_LAST:
+            del self._latest[next(iter(self._latest))]
+        return row._replace(arrays={})
 
     def last(self) -> list[Found]:
         """Return, once, the last rows whose arrays were not kept."""
         found, self._latest = list(self._latest.values()), {}
         return found
 
-    def _row(
-        self, step: int, site: str, role: str, state: np.ndarray, batch: float | None, scale: float
-    ) -> tuple[int, Row]:
+    def _take(
+        self, step: int, states: Sequence[tuple[str, str, np.ndarray]], batch: float | None, scale: float
+    ) -> Taken:
+        taken: list[tuple[str, Row | Exception]] = []
+        for site, role, state in states:
+            try:
+                taken.append((site, self._row(site, role, state, batch, scale)))
+            except Exception as error:  # one site must not hide the others
+                taken.append((site, error))
+        return step, taken
+
+    def _row(self, site: str, role: str, state: np.ndarray, batch: float | None, scale: float) -> Row:
         factor, extra = 1.0, {}
         if role == "gradient":
             samples = float(batch or covariance.count(state))
@@ -139,7 +157,7 @@ class Factors:
         if self._correlations and role == "value" and covariance.holds_matrix(state, MOST_CORRELATED):
             arrays["correlation"] = covariance.correlation(state)
         scalars = found.scalars | extra
-        return step, Row(site, role, tuple(scalars), np.fromiter(scalars.values(), float, len(scalars)), arrays)
+        return Row(site, role, tuple(scalars), np.fromiter(scalars.values(), float, len(scalars)), arrays)
 
 
 def input_of(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
