@@ -135,8 +135,9 @@ def growth(record: Record) -> pd.DataFrame:
     """Return by what factor the output of each site has grown since the start of the run.
 
     ratio = rms at the end / max(rms at the start, median rms of the comparable sites at the start), each a median of
-    three steps (of fewer in a run of less than six): a layer that starts at zero is compared with its neighbors. Where
-    a run ends broken, or values that are not finite follow, the last finite rms is the end if it is larger.
+    three steps (of fewer in a run of less than six): a layer that starts at zero is compared with its neighbors; where
+    these start at zero too the factor is NaN. Where a run ends broken, or values that are not finite follow, the last
+    finite rms is the end if it is larger.
 
     Args:
         record: record of one run.
@@ -156,7 +157,7 @@ def growth(record: Record) -> pd.DataFrame:
     sites = [site for site in comparable(record) if site in finite]
     scale = float((start[sites] if sites else start).median())
     start = start.fillna(scale).clip(lower=scale)
-    ratio = end / start
+    ratio = end / start.where(start > 0)
     frame = tables.estimates([(str(s), float(ratio[str(s)]), np.nan, int(finite[s].count())) for s in finite])
     return frame.assign(start=start.to_numpy(float), end=end.to_numpy(float))
 

@@ -2,7 +2,6 @@ import math
 
 import numpy as np
 import pytest
-
 from normscope.core.finding import Verdict
 from normscope.diagnostics import propagation
 from tests.metrics.records import Network, at, over_depth
@@ -334,6 +333,16 @@ def test_healthy_depth_is_said_with_its_direction():
     assert all("does not" in message and "1-fold" not in message for message in level)
     message = only(propagation.signal_exploding(plain().edit(over_depth(12, 1.1, "value")).record())).message
     assert message == "Towards the output the signal grows 2.9-fold over 12 layers of one kind (threshold 1000)."
+
+
+def test_a_model_of_zeros_that_begins_to_learn_does_not_explode():
+    def learn(site, role, step, stats):
+        if role == "value" and "rms" in stats:
+            stats |= {"rms": 0.0 if step < 30 else 0.011, "var": 0.0}
+
+    found = propagation.signal_exploding(plain().edit(learn).record())
+    assert [f.verdict for f in found] == [OK]
+    assert not any("grown" in f.message for f in found)
 
 
 @pytest.mark.parametrize("steps", [range(0, 50, 10), range(0, 20, 10)])

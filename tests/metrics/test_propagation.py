@@ -87,6 +87,13 @@ def test_a_branch_that_starts_at_zero_is_left_out():
     assert propagation.depth(magnitude).rate.value == pytest.approx(0)
 
 
+def test_from_zero_there_is_no_growth():
+    network = Network(6, norm=None).edit(at("/output", steps=(0, 10, 20), rms=0.0)).edit(at("head/output", rms=0.0))
+    growth = propagation.growth(network.edit(at("l0.linear/output", rms=0.5)).record()).set_index("site")
+    assert growth["value"]["l0.linear/output"] == pytest.approx(1.0)
+    assert growth["value"].drop("l0.linear/output").isna().all()
+
+
 def test_growth_is_that_of_the_layer_and_a_layer_that_starts_at_zero_is_compared_with_others():
     network = Network(norm=None).edit(at("l2.linear/output", steps=(70, 80, 90), rms=50.0))
     network.edit(at("head/output", steps=(0, 10, 20), rms=0.0))
