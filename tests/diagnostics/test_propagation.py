@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+
 from normscope.core.finding import Verdict
 from normscope.diagnostics import propagation
 from tests.metrics.records import Network, at, over_depth
