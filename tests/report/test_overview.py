@@ -11,6 +11,7 @@ import normscope as ns
 from normscope import figures
 from normscope.report import page as pages
 from normscope.report.page import page
+from normscope.scope.session import PROBES
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,8 @@ def trained():
         return torch.randn(size, 12, generator=generator), torch.randint(3, (size,), generator=generator)
 
     problem = ns.Problem(model, nn.functional.cross_entropy, [batch(128)])
-    with ns.attach(model, optimizer, every=2, problem=problem) as scope:
+    probes = (*PROBES, "correlation")
+    with ns.attach(model, optimizer, every=2, problem=problem, probes=probes) as scope:
         for _ in range(40):
             inputs, targets = batch(64)
             loss = nn.functional.cross_entropy(model(inputs), targets)

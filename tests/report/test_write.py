@@ -19,8 +19,9 @@ def record():
 def test_the_twins_lie_beside_the_page(record, tmp_path):
     path = write_report(record, findings_of(record), tmp_path / "new" / "page.html")
     assert path == tmp_path / "new" / "page.html"
-    assert sorted(file.name for file in path.parent.iterdir()) == ["findings.json", "page.html", "page.md"]
-    assert 'href="page.md"' in path.read_text(encoding="utf-8")
+    assert sorted(file.name for file in path.parent.iterdir()) == ["page.html", "page.json", "page.md"]
+    text = path.read_text(encoding="utf-8")
+    assert all(f'href="page.{kind}"' in text for kind in ("md", "json"))
 
 
 def test_a_folder_takes_a_page_of_the_usual_name(record, tmp_path):
