@@ -142,50 +142,63 @@ def motion(record: Record) -> dict[str, pd.DataFrame]:
         angle, effective (learning rate over |w|^2 for SGD, over |w| for Adam and Muon, whose updates do not depend on
         the gradient's size), shrink, expected (angle) and balance; NaN where the optimizer's rule is not known.
     """
-    known = parameters(record)
-    context = record.context.reindex(columns=["step", "optimizer", "group", "lr", "momentum", "decay"])
-    groups = {key: part.drop_duplicates("step") for key, part in context.groupby(["optimizer", "group"])}
-    measured = {
-        stat: tables.table(record, stat, slot="*", role="update") for stat in ("relative", "radial", "angle")
-    } | {"norm": tables.table(record, "norm", slot="*")}
-    found = {}
-    for site, facts in known.iterrows():
-        name = str(site)
-        if name in measured["angle"]:
-            columns = {stat: frame[name] for stat, frame in measured.items() if name in frame}
-            frame = pd.DataFrame(columns).dropna(subset="angle")
-            settings = groups.get((facts["optimizer"], facts["group"]))
-            found[name] = _implied(frame, settings, facts)
-    return found
-
-
-def _implied(frame: pd.DataFrame, settings: pd.DataFrame | None, facts: pd.Series) -> pd.DataFrame:
-    """Add what the settings of a parameter's group imply."""
-    if settings is None:
-        settings = pd.DataFrame(columns=["step", "lr", "momentum", "decay"])
-    at = settings.set_index("step").reindex(frame.index)
-    rate, decay = at["lr"].astype(float), at["decay"].astype(float).fillna(0.0)
-    momentum = at["momentum"].astype(float).fillna(0.0)
-    rule = str(facts["rule"])
-    options = {name: facts[name] for name in ("nesterov", "dampening")} | {
-        "rule": rule,
-        "decoupled": facts["decoupled"],
-    }
-    each = list(zip(rate, decay, momentum, strict=True))
-    shrink = np.array([equilibrium.shrinkage(*values, **options) for values in each], float)
-    expected = [equilibrium.angle(*values, **options) for values in each]
-    power = {"sgd": 2, "adam": 1, "muon": 1}.get(rule, np.nan)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        effective = rate / frame["norm"] ** power
-    return frame.assign(
-        rate=rate,
-        decay=decay,
-        momentum=momentum,
-        effective=effective,
-        shrink=shrink,
-        expected=expected,
-        balance=equilibrium.balance(frame["relative"].to_numpy(float), frame["radial"].to_numpy(float), shrink),
+    measured = {stat: tables.table(record, stat, slot="*", role="update") for stat in ("relative", "radial", "angle")}
+    measured["norm"] = tables.table(record, "norm", slot="*")
+    steps, known = measured["angle"].index, parameters(record)
+    known = known[known.index.isin(measured["angle"].columns)]
+    if not len(known):
+        return {}
+    relative, radial, angle, norm = (
+        frame.reindex(index=steps, columns=known.index).to_numpy(float) for frame in measured.values()
     )
+    rate, decay, momentum, shrink, expected = _implied(record, steps, known)
+    power = known["rule"].map({"sgd": 2, "adam": 1, "muon": 1}).to_numpy(float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        effective = rate / norm**power
+    balance = equilibrium.balance(relative, radial, shrink)
+    settings = (rate, decay, momentum, effective, shrink, expected, balance)
+    values = np.stack([relative, radial, angle, norm, *settings], axis=2)  # [steps, parameters, columns]
+    kept = ~np.isnan(angle)
+    return {
+        str(site): pd.DataFrame(values[kept[:, i], i], index=steps[kept[:, i]], columns=list(_MOTION))
+        for i, site in enumerate(known.index)
+    }
+
+
+_MOTION = (
+    "relative",
+    "radial",
+    "angle",
+    "norm",
+    "rate",
+    "decay",
+    "momentum",
+    "effective",
+    "shrink",
+    "expected",
+    "balance",
+)
+
+
+def _implied(record: Record, steps: pd.Index, known: pd.DataFrame) -> np.ndarray:
+    """Return rate, decay, momentum, shrink and expected angle, [5, steps, parameters], each group's computed once."""
+    context = record.context.reindex(columns=["step", "optimizer", "group", "lr", "momentum", "decay"])
+    groups = {
+        key: part.drop_duplicates("step").set_index("step")[["lr", "decay", "momentum"]].astype(float).reindex(steps)
+        for key, part in context.groupby(["optimizer", "group"])
+    }
+    unknown = pd.DataFrame(np.nan, index=steps, columns=["lr", "decay", "momentum"])
+    found: dict[tuple[object, ...], np.ndarray] = {}
+    facts = ["optimizer", "group", "rule", "decoupled", "nesterov", "dampening"]
+    keys = list(known[facts].itertuples(index=False, name=None))
+    for key in set(keys):
+        optimizer, group, *rule = key
+        at = groups.get((optimizer, group), unknown).fillna({"decay": 0.0, "momentum": 0.0}).to_numpy()
+        options = dict(zip(facts[2:], rule, strict=True))
+        shrink = [equilibrium.shrinkage(*row, **options) for row in at.tolist()]
+        expected = [equilibrium.angle(*row, **options) for row in at.tolist()]
+        found[key] = np.vstack([at.T, shrink, expected])
+    return np.stack([found[key] for key in keys], axis=2)
 
 
 def summary(record: Record) -> pd.DataFrame:
@@ -270,13 +283,13 @@ def gains(record: Record) -> pd.DataFrame:
         |gain|, decay of its parameter group, and n, the channels; a layer that multiplies by 1 + gain counts that sum.
     """
     known, moves = _norm_parameters(record), motion(record)
+    known = known[known["gain"] == known["slot"]]
+    values_of = {str(slot): tables.arrays(record, "value", slot=str(slot)) for slot in known["slot"].unique()}
     rows = []
-    for site, facts in known[known["gain"] == known["slot"]].iterrows():
-        steps, values = tables.arrays(record, "value", slot=str(facts["slot"])).get(
-            str(site), (np.empty(0), np.empty(0))
-        )
+    for site, slot, offset in zip(known.index, known["slot"], known["gain_offset"], strict=True):
+        steps, values = values_of[str(slot)].get(str(site), (np.empty(0), np.empty(0)))
         if len(steps):
-            size = np.abs(values + (facts["gain_offset"] if np.isfinite(facts["gain_offset"]) else 0.0))
+            size = np.abs(values + (offset if np.isfinite(offset) else 0.0))
             usual = float(np.median(size[0])) or float(size[-1].max())
             gone = float((size[-1] < GONE * usual).mean()) if usual > 0 and np.isfinite(size[-1]).all() else np.nan
             decay = float(moves[str(site)]["decay"].iloc[-1]) if str(site) in moves else np.nan

@@ -10,7 +10,7 @@ from torch import nn
 
 import normscope as ns
 from normscope.core.record import Record
-from normscope.metrics import equilibrium, scale
+from normscope.metrics import equilibrium, scale, tables
 
 HIDDEN = ("0/weight", "3/weight")
 
@@ -273,3 +273,28 @@ def test_nothing_recorded_is_nothing_told():
     for told in (scale.invariance, scale.summary, scale.gains, scale.idle_biases):
         assert len(told(empty)) == 0
     assert scale.motion(empty) == {}
+
+
+def test_what_settings_imply_is_computed_once_a_group(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)) for _ in range(8)))
+    layers = [p for p in model.parameters() if p.ndim > 1]
+    rest = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
+    optimizer = torch.optim.SGD([{"params": layers}, rest], 0.1, momentum=0.5, weight_decay=0.01)
+    with ns.attach(model, optimizer, every=1) as scope:
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(8, 3)).square().sum(1).mean().backward()
+            optimizer.step()
+    calls, shrinkage, arrays, read = [], equilibrium.shrinkage, tables.arrays, []
+    monkeypatch.setattr(equilibrium, "angle", lambda *_, **__: 0.0)
+    monkeypatch.setattr(equilibrium, "shrinkage", lambda *a, **k: calls.append(a) or shrinkage(*a, **k))
+    monkeypatch.setattr(tables, "arrays", lambda *a, **k: read.append(k) or arrays(*a, **k))
+    moves = scale.motion(scope.record())
+    assert len(moves) == 32
+    assert len(calls) == 2 * len(moves["0.0/weight"])  # groups, not parameters
+    assert {float(moves[site]["shrink"].iloc[-1]) for site in moves if site.endswith(".0/weight")} == {0.1 * 0.01 / 0.5}
+    assert {float(moves[site]["decay"].iloc[-1]) for site in moves if not site.endswith(".0/weight")} == {0.0}
+    read.clear()
+    assert len(scale.gains(scope.record())) == 8
+    assert len(read) == 1  # slots, not layers
