@@ -43,10 +43,10 @@ class Background(Generic[T]):
                 future = _done(job)
             self._jobs.append((key, future))
 
-    def finished(self) -> list[tuple[Hashable, Future[T]]]:
-        """Return keys and futures of the jobs that are done, each once, in the order of submission."""
+    def finished(self, leave: int = 0) -> list[tuple[Hashable, Future[T]]]:
+        """Return keys and futures of the jobs that are done, in the order of submission, but not of the last few."""
         done = []
-        while self._jobs and self._jobs[0][1].done():
+        while len(self._jobs) > leave and self._jobs[0][1].done():
             done.append(self._jobs.popleft())
         return done
 

@@ -54,11 +54,13 @@ class Factors:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._latest: dict[tuple[str, str], Found] = {}
         self._jobs: Background[Taken] = Background()
+        self._fresh = False  # whether the last job is of this step
 
     def begin(self, sample: int) -> None:
         """Begin the n-th sampled step."""
         self._now = sample % self._turns if sample else None
         self._expected = set()
+        self._fresh = False
 
     def wants(self, name: str, module: nn.Module) -> bool:
         """Tell whether a layer is measured at this step."""
@@ -93,10 +95,13 @@ class Factors:
             scale: loss scale by which gradients are divided.
         """
         states = [(site, role, state.astype(np.float32)) for site, role, state in found]
+        self._fresh = True
         self._jobs.submit(self._now, partial(self._take, step, states, batch, scale))
 
     def collect(self, on_failure: Callable[[str, Exception], None], settle: bool) -> list[Found]:
         """Return what is finished: steps and rows; arrays are in the few that the schedule keeps.
+
+        What this step has left is returned at a later one even if it is done, so that layouts do not depend on timing.
 
         Args:
             on_failure: called with a site and the error where eigenvalues could not be taken.
@@ -108,7 +113,7 @@ class Factors:
         if settle:
             self._jobs.settle()
         rows: list[Found] = []
-        for _, future in self._jobs.finished():
+        for _, future in self._jobs.finished(leave=int(self._fresh and not settle)):
             step, taken = future.result()
             for site, row in taken:
                 if isinstance(row, Exception):

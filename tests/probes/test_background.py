@@ -145,11 +145,22 @@ def test_the_rows_of_a_step_come_together_and_one_that_fails_hides_none(monkeypa
         3, [("a/input", "value", state(0)), ("b/input", "value", bad), ("c/input", "value", state(1))], 8.0, 1.0
     )
     assert reached.wait(30)
+    taken.begin(1)
     assert taken.collect(lambda *_: None, settle=False) == []
     release.set()
     rows = taken.collect(lambda site, error: failures.append((site, str(error))), settle=True)
     assert [(step, row.site) for step, row in rows] == [(3, "a/input"), (3, "c/input")]
     assert failures == [("b/input", "no convergence")]
+
+
+def test_a_step_gets_no_row_of_its_own_however_fast_it_is():
+    taken = Factors(1, mean=True, correlations=False)
+    taken.begin(0)
+    taken.submit(0, [("a/input", "value", state(0))], 8.0, 1.0)
+    taken._jobs.settle()
+    assert taken.collect(lambda *_: None, settle=False) == []
+    taken.begin(1)
+    assert [step for step, _ in taken.collect(lambda *_: None, settle=False)] == [0]
 
 
 def test_what_waits_for_the_end_is_bounded(monkeypatch):
