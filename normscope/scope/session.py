@@ -358,8 +358,6 @@ class Session:
     # ---- finalization of a sampled step ----------------------------------------------------------------------------
 
     def _sample(self) -> None:
-        for step, row in self._factors.collect(partial(self.fail, "covariance"), settle=False):
-            self._write(step, row)  # of earlier steps alone, so that each step has few layouts in the store
         with np.errstate(all="ignore"):  # a diverged run holds infinities
             rows = [("train", row) for row in self._measured_rows()]
         self._samples += 1
@@ -373,6 +371,8 @@ class Session:
             if keep:
                 self._write_arrays(self.step, phase, row)
         self._latest = None if keep else (self.step, rows)
+        for step, row in self._factors.collect(partial(self.fail, "covariance"), settle=False):
+            self._write(step, row)
         for settings in self._settings.values():
             for group in settings:
                 self.store.group({"step": self.step, **group})
