@@ -241,7 +241,7 @@ def dead_units(record: Record) -> list[Finding]:
             evidence={"dead_fraction": float(top["value"]), "values": int(top["n"])},
         )
     message = f"At most {top['value']:.1%} of a layer's units are dead ({top['site']}; threshold {DEAD:.0%})."
-    return DEAD_UNITS.ok(message, {"dead_fraction": float(top["value"]), "sites": len(frame)})
+    return DEAD_UNITS.ok(message, {"dead_fraction": float(top["value"]), "layers": len(frame)})
 
 
 def saturated_units(record: Record) -> list[Finding]:
@@ -258,7 +258,7 @@ def saturated_units(record: Record) -> list[Finding]:
         return []
     site, value = str(frame["site"].iloc[0]), float(frame["value"].iloc[0])
     beyond = frame[frame["value"] > SATURATED]
-    evidence = {"saturated_fraction": value, "sites_beyond": len(beyond), "sites": len(frame)}
+    evidence = {"saturated_fraction": value, "sites_beyond": len(beyond), "layers": len(frame)}
     if value <= FULLY_SATURATED and 2 * len(beyond) <= len(frame):
         return SATURATED_UNITS.ok(
             f"At most {value:.0%} of the values saturate ({site}), and more than {SATURATED:.0%} (threshold) in "
@@ -364,7 +364,7 @@ def eps_dominates(record: Record) -> list[Finding]:
         return []
     site, value = str(frame["site"].iloc[0]), float(frame["value"].iloc[0])
     weights = tables.table(record, "eps_weight.q50", slot="input")[site].dropna()
-    evidence = {"eps_weight": value, "sites_beyond": int((frame["value"] > EPS_WEIGHT).sum()), "sites": len(frame)}
+    evidence = {"eps_weight": value, "sites_beyond": int((frame["value"] > EPS_WEIGHT).sum()), "layers": len(frame)}
     if value <= EPS_NOTICEABLE:
         return EPS_DOMINATES.ok(
             f"eps is at most {value:.2g} of a denominator ({site}; threshold {EPS_WEIGHT}).", evidence

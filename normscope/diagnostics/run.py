@@ -149,7 +149,7 @@ def unmeasured(record: Record) -> list[Finding]:
     if not len(notes) and not said:
         return []
     if not len(left) and not said:
-        return UNMEASURED.ok(f"Measured: {count(len(notes), 'site')}, which is all.", {"sites": len(notes)})
+        return UNMEASURED.ok(f"Measured: {count(len(notes), 'site')}, which is all.", {"of_sites": len(notes)})
     first = (
         f"{len(left)} of {count(len(notes), 'site')} not measured; {left.index[0]}: {left.iloc[0]}."
         if len(left)
@@ -162,7 +162,7 @@ def unmeasured(record: Record) -> list[Finding]:
         " ".join(part for part in (first, *said[:_SHOWN], more) if part),
         sites=list(dict.fromkeys(places)),
         step=int(events["step"].iloc[0]) if said and not len(left) else None,
-        evidence={"unmeasured": len(left), "sites": len(notes)},
+        evidence={"unmeasured": len(left), "of_sites": len(notes)},
         cause=None if len(left) else "The model runs in a way that the record sums up.",
         remedy=None if len(left) else "Read the statistics of these layers with this in mind.",
     )

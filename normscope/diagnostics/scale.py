@@ -276,7 +276,7 @@ def gain_decay(record: Record) -> list[Finding]:
         return []
     drift = (frame["last_max"] / frame["first_max"]).replace([np.inf, -np.inf], np.nan)
     span = f"the largest |gain| went from {frame['first_max'].max():.3g} to {frame['last_max'].max():.3g}"
-    evidence = _numbers(sites=len(sites), drift_least=drift.min(), drift_most=drift.max())
+    evidence = _numbers(parameters=len(sites), drift_least=drift.min(), drift_most=drift.max())
     if not sites:
         return GAIN_DECAY.ok(
             f"No decay on gains or biases of {count(len(frame), 'normalization layer')}; {span}.", evidence
