@@ -114,7 +114,7 @@ def _blocks(connection: sqlite3.Connection) -> tuple[Block, ...]:
             end = start + len(stats)
             parts.setdefault((run, site, phase, role, tuple(stats)), []).append((steps, values[:, start:end]))
             start = end
-    return tuple(Block(*key, *_in_time(parts[key])) for key in sorted(parts))  # whichever layout came first
+    return tuple(Block(*key, *_in_time(found)) for key, found in parts.items())
 
 
 def _in_time(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
