@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -41,6 +41,7 @@ class Finding:
         remedy: what to do.
         source: bibliography key of the work that explains it.
         sites: every site concerned, the worst first.
+        follows: id of the finding of the same run that explains this one, "" where it stands for itself.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Finding:
     remedy: str = ""
     source: str = ""
     sites: tuple[str, ...] = ()
+    follows: str = ""
 
     @property
     def subject(self) -> str:
@@ -93,5 +95,34 @@ def _plain(value: object) -> object:
 
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
-    """Sort findings: failures, warnings, undecided, notes, ok; earlier steps first within a verdict."""
-    return sorted(findings, key=lambda f: (f.verdict.rank, math.inf if f.step is None else f.step, f.id, f.site))
+    """Sort findings: failures, warnings, undecided, notes, ok; earlier steps first within a verdict.
+
+    What follows from a finding comes right after it, and a finding counts as bad as the worst that follows from it.
+
+    Args:
+        findings: findings of any runs.
+
+    Returns:
+        The same, sorted.
+    """
+    every = list(findings)
+    known = {(f.run, f.id) for f in every}
+    worst: dict[tuple[str, str], int] = {}
+    for f in every:
+        key = _group(f, known)
+        worst[key] = min(worst.get(key, f.verdict.rank), f.verdict.rank)
+    step = {(f.run, f.id): _when(f) for f in every}
+    return sorted(every, key=lambda f: (worst[key := _group(f, known)], step[key], key, _own(f, known), f.site))
+
+
+def _group(finding: Finding, known: Collection[tuple[str, str]]) -> tuple[str, str]:
+    root = (finding.run, finding.follows)
+    return root if root in known else (finding.run, finding.id)
+
+
+def _own(finding: Finding, known: Collection[tuple[str, str]]) -> tuple[bool, int, float, str]:
+    return (finding.run, finding.follows) in known, finding.verdict.rank, _when(finding), finding.id
+
+
+def _when(finding: Finding) -> float:
+    return math.inf if finding.step is None else finding.step

@@ -67,6 +67,21 @@ FURTHER: tuple[Source, ...] = (
         "https://doi.org/10.1090/S0025-5718-1976-0431641-8",
     ),
     Source(
+        "bernstein2020",
+        "On the distance between two neural networks and the stability of learning",
+        2020,
+        _ARXIV + "2002.03432",
+    ),
+    Source("pascanu2013", "On the difficulty of training Recurrent Neural Networks", 2013, _ARXIV + "1211.5063"),
+    Source("zhang2019", "Fixup Initialization: Residual Learning Without Normalization", 2019, _ARXIV + "1901.09321"),
+    Source("zamirai2020", "Revisiting BFloat16 Training", 2020, _ARXIV + "2010.06192"),
+    Source(
+        "wang2024",
+        "How to set AdamW's weight decay as you scale model and dataset size",
+        2024,
+        _ARXIV + "2405.13698",
+    ),
+    Source(
         "hutchinson1989",
         "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines",
         1989,

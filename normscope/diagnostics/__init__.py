@@ -10,7 +10,8 @@ import numpy as np
 from normscope.core.errors import ArgumentError, brief
 from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.core.record import Record
-from normscope.diagnostics import conditioning, curvature, mismatch, noise, propagation, run, scale
+from normscope.diagnostics import conditioning, curvature, mismatch, noise, propagation, run, scale, training
+from normscope.diagnostics.causes import grouped
 from normscope.metrics import tables
 
 Diagnostic = Callable[[Record], list[Finding]]
@@ -23,6 +24,14 @@ DIAGNOSTICS: tuple[Diagnostic, ...] = (
     run.unmeasured,
     run.skipped_steps,
     run.no_normalization,
+    training.uncleared_gradients,
+    training.learning_rate,
+    training.untrained,
+    training.clipping,
+    training.input_scale,
+    training.initial_loss,
+    training.stuck_weights,
+    training.decay,
     propagation.signal_exploding,
     propagation.signal_vanishing,
     propagation.gradient_exploding,
@@ -80,8 +89,8 @@ def diagnose(record: Record) -> list[Finding]:
     found = []
     for single in tables.split(record):
         name = single.names[0] if single.names else ""
-        for diagnostic in DIAGNOSTICS:
-            found += [replace(finding, run=name) for finding in _judge(diagnostic, single)]
+        judged = [finding for diagnostic in DIAGNOSTICS for finding in _judge(diagnostic, single)]
+        found += [replace(finding, run=name) for finding in grouped(judged)]
     return worst_first(found)
 
 

@@ -14,7 +14,7 @@ from normscope.diagnostics import propagation, units
 from normscope.diagnostics.rule import Rule
 from normscope.diagnostics.words import count
 from normscope.metrics import mismatch as metrics
-from normscope.metrics import tables
+from normscope.metrics import tables, training
 
 # origin of each threshold: the `threshold_source` of the rule that uses it
 DRIFT = 0.1  # nats; the mean is off by 0.45 standard deviations, or the variance by a factor of 2
@@ -26,6 +26,8 @@ GAP_NOTICEABLE = 0.25
 LOSS_RATIO = 3.0  # loss with running statistics over loss with batch statistics
 LOSS_RATIO_NOTICEABLE = 1.5
 LOSS_RATIO_LARGE = 10.0  # from here on outputs that lie a noticeable distance apart are too far
+TRAILING = 0.1  # of a weight, moved while the running average looks back
+FIRST = 3  # sampled steps that are the start of a run
 STOPPED = 3  # intervals between sampled steps without movement
 SLOW = 0.1  # torch's default momentum; below, an average is slow
 FAST = 0.5  # from here on the newest batch outweighs all others
@@ -50,7 +52,8 @@ TRAIN_EVAL_GAP = Rule(
     id="mismatch.train-eval-gap",
     threshold=LOSS_RATIO,
     threshold_source="measured: in 24 healthy BatchNorm runs, batches of 4 to 256, the loss ratio stays below 1.25 "
-    "wherever the outputs lie more than 0.25 apart",
+    "wherever the outputs lie more than 0.25 apart, once weights move by less than 1 % a step; identity: while the "
+    "average looks back over 10 steps, faster ones move by more than 0.1 of their size",
     source="ioffe2017",
     cause="Running statistics do not describe the batches that the weights were trained with.",
     remedy="Recompute the running statistics on training data before evaluating (reset_running_stats(), momentum = "
@@ -189,8 +192,9 @@ def train_eval_gap(record: Record) -> list[Finding]:
     evidence = {"gap": gap.value, "loss_batch": batch, "loss_population": population, "samples": gap.n}
     limits = ((GAP, LOSS_RATIO), (GAP_NOTICEABLE, LOSS_RATIO_LARGE), (GAP_NOTICEABLE, LOSS_RATIO_NOTICEABLE))
     apart, loss_ratio = next((pair for pair in limits if _worse(record, *pair)), limits[-1])
-    bad = loss_ratio != LOSS_RATIO_NOTICEABLE
     stopped = _stopped(record)
+    trailing = not stopped and _trailing(record, frame)
+    bad = loss_ratio != LOSS_RATIO_NOTICEABLE and not trailing
     rule = replace(TRAIN_EVAL_GAP, threshold=loss_ratio)
     said = (
         f"On {gap.n} held samples the loss is {population:.3g} with running and {batch:.3g} with batch statistics "
@@ -198,7 +202,8 @@ def train_eval_gap(record: Record) -> list[Finding]:
     )
     if not _worse(record, GAP_NOTICEABLE, LOSS_RATIO_NOTICEABLE):
         return rule.ok(f"{said}.", evidence)
-    if not stopped and not frame["warm"].all() and (frame["training"] != 0).all():
+    young = not stopped and not frame["warm"].all() and not tables.at_rest(record)
+    if young and (frame["training"] != 0).all():
         seen = int(frame["updates"].min())
         return rule.undecided(
             f"{said}, but running statistics have seen only {seen} {'batch' if seen == 1 else 'batches'}.",
@@ -225,6 +230,7 @@ def train_eval_gap(record: Record) -> list[Finding]:
     )
 
 
+@tables.once
 def never_updated(record: Record) -> list[Finding]:
     """Judge whether running statistics move while the layer is in training mode.
 
@@ -232,10 +238,10 @@ def never_updated(record: Record) -> list[Finding]:
         record: record of one run.
 
     Returns:
-        One finding, none where no layer in training mode keeps running statistics.
+        One finding, none where no layer in training mode keeps running statistics, or where nothing was trained.
     """
     layers = _layers(record)
-    layers = layers[layers["training"] == 1]
+    layers = layers[layers["training"] == 1].iloc[: 0 if tables.at_rest(record) else None]
     frame = metrics.stillness(record).set_index("site")
     frame = frame.loc[[site for site in layers.index if site in frame.index]]
     frame = frame[frame["n"] > 0].sort_values("value", ascending=False, kind="stable")
@@ -384,7 +390,7 @@ def evaluation_mode(record: Record) -> list[Finding]:
         return EVALUATION_MODE.undecided(
             f"{said}; no drift was recorded.", "Attach with the probe 'normalization'.", evidence=evidence
         )
-    disagree = top["excess"] > 1
+    disagree = _disagrees_from_the_start(record, top)
     return replace(EVALUATION_MODE, threshold=float(top["limit"])).found(
         Verdict.WARNING if disagree else Verdict.NOTE,
         f"{said}; batches differ from the stored statistics by {top['drift']:.3g} nats (threshold {top['limit']:.2g}).",
@@ -392,7 +398,8 @@ def evaluation_mode(record: Record) -> list[Finding]:
         evidence=evidence,
         remedy=None
         if disagree
-        else "Call model.train() before training if this was not meant; the stored statistics fit so far.",
+        else "Nothing if this is meant, as in detectors: the stored statistics fitted at the start; else call "
+        "model.train() before training.",
     )
 
 
@@ -441,6 +448,7 @@ def _stopped(record: Record) -> list[str]:
     return [site for found in never_updated(record) if found.verdict is Verdict.FAILURE for site in found.sites]
 
 
+@tables.once
 def _layers(record: Record) -> pd.DataFrame:
     """Return the layers with running statistics, their limit of drift, drift / limit (`excess`) and whether warm.
 
@@ -453,6 +461,20 @@ def _layers(record: Record) -> pd.DataFrame:
     warm = (left <= WARM_WEIGHT) | (due >= WARM_UPDATES)
     layers = layers.assign(limit=limit, excess=layers["drift"] / limit, warm=warm)
     return layers.sort_values("excess", ascending=False, kind="stable")
+
+
+def _disagrees_from_the_start(record: Record, layer: pd.Series) -> bool:
+    """Tell whether stored statistics never fitted; where weights have moved away from them since, inference has too."""
+    drift = tables.table(record, "drift.q50", slot="running")[str(layer.name)].dropna()
+    return bool(drift.head(FIRST).median() > layer["limit"]) and bool(layer["excess"] > 1)
+
+
+def _trailing(record: Record, layers: pd.DataFrame) -> bool:
+    """Tell whether weights have moved since, and batch and running statistics yet agree within the limit everywhere."""
+    rates = training.rates(record)
+    if rates is None or (layers["excess"] > 1).any():
+        return False
+    return rates.late / max(float(layers["momentum"].min()), SLOW) > TRAILING  # a slow momentum is no excuse
 
 
 def _worse(record: Record, apart: float, ratio: float) -> bool:

@@ -209,6 +209,7 @@ def gradient_vanishing(record: Record) -> list[Finding]:
     return over_depth(GRADIENT_VANISHING, record, "gradient", ("norm",), sign=1)
 
 
+@tables.once
 def dead_units(record: Record) -> list[Finding]:
     """Judge whether units are zero for every input, by their values or, behind a functional ReLU, by their gradients.
 

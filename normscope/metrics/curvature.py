@@ -64,6 +64,7 @@ def stability_edge(rule: str, momentum: float = 0.0, *, nesterov: bool = False, 
     return (2 + 2 * momentum) / (1 - momentum) if rule in ("Adam", "AdamW") else float("nan")
 
 
+@tables.once
 def snapshots(record: Record) -> pd.DataFrame:
     """Return what was measured of the whole model, a row a snapshot.
 

@@ -32,6 +32,7 @@ def expected_drift(samples: float, momentum: float) -> float:
     return (1 + momentum / (2 - momentum)) / samples
 
 
+@tables.once
 def running_layers(record: Record) -> pd.DataFrame:
     """Return the layers with running statistics: how they are set, and how far batches are from them.
 

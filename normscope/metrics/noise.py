@@ -60,6 +60,7 @@ def expected_whitening(features: float, samples: float) -> float:
     return float(((1 + (features + 1) / 4) / samples) ** 0.5)
 
 
+@tables.once
 def layers(record: Record) -> pd.DataFrame:
     """Return the normalization layers whose output may depend on the batch, in order of execution.
 

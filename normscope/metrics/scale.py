@@ -17,6 +17,7 @@ _FACTS = ("module", "slot", "shape", "optimizer", "group", "rule", "decoupled", 
 _NOT_PARAMETERS = ("input", "running")
 
 
+@tables.once
 def parameters(record: Record) -> pd.DataFrame:
     """Return what is known of the parameters, indexed by site.
 
@@ -49,6 +50,7 @@ def weights(record: Record) -> pd.DataFrame:
     return frame[np.array([isinstance(shape, list) and len(shape) > 1 for shape in frame["shape"]], bool)]
 
 
+@tables.once
 def invariance(record: Record) -> pd.DataFrame:
     """Return which weights are scale-invariant, in which units, and how far from it they are.
 
@@ -77,7 +79,9 @@ def invariance(record: Record) -> pd.DataFrame:
     rows = []
     for site, shape in weights(record)["shape"].items():
         site, elements = str(site), float(np.prod(shape))
-        series = whole[site].to_numpy(float) if site in whole else np.empty(0)
+        if site not in whole:  # no optimizer holds it
+            continue
+        series = whole[site].to_numpy(float)
         unit, units, defect, n = _unit(site, elements, series[np.isfinite(series)], cosines, sizes)
         found = [held[role, f"{unit if unit in _UNITS else 'tensor'}_defect"] for role in ("value", "gradient")]
         values = [float(frame[site].iloc[-1]) if len(frame) and site in frame else np.nan for frame in found]
@@ -131,6 +135,7 @@ def _block_defect(
     return float(np.sqrt(np.mean(median**2))), int(told.sum())
 
 
+@tables.once
 def motion(record: Record) -> dict[str, pd.DataFrame]:
     """Return for each parameter, by sampled step, how it moves and what its optimizer's settings imply.
 
@@ -201,6 +206,7 @@ def _implied(record: Record, steps: pd.Index, known: pd.DataFrame) -> np.ndarray
     return np.stack([found[key] for key in keys], axis=2)
 
 
+@tables.once
 def summary(record: Record) -> pd.DataFrame:
     """Return for each scale-invariant weight how its norm and its angle per step developed, and whether they balance.
 
@@ -271,6 +277,7 @@ def _developed(frame: pd.DataFrame, end: int, rule: str) -> dict[str, float]:
 _ENDS = (("first", 0), ("last", -1))
 
 
+@tables.once
 def gains(record: Record) -> pd.DataFrame:
     """Return what became of the gains of normalization layers, by which they multiply each channel.
 
@@ -279,8 +286,9 @@ def gains(record: Record) -> pd.DataFrame:
 
     Returns:
         Indexed by site of the gain: gone, the fraction of channels whose gain is now below `GONE` times what is usual
-        in the layer (its median at the start or, where that is zero, its largest now), first_max and last_max of
-        |gain|, decay of its parameter group, and n, the channels; a layer that multiplies by 1 + gain counts that sum.
+        in the layer (its median at the start or, where that is zero, its largest now; all where that is zero too),
+        first_max and last_max of |gain|, decay of its parameter group, and n, the channels; a layer that multiplies by
+        1 + gain counts that sum.
     """
     known, moves = _norm_parameters(record), motion(record)
     known = known[known["gain"] == known["slot"]]
@@ -291,8 +299,10 @@ def gains(record: Record) -> pd.DataFrame:
         if len(steps):
             size = np.abs(values + (offset if np.isfinite(offset) else 0.0))
             usual = float(np.median(size[0])) or float(size[-1].max())
-            gone = float((size[-1] < GONE * usual).mean()) if usual > 0 and np.isfinite(size[-1]).all() else np.nan
-            decay = float(moves[str(site)]["decay"].iloc[-1]) if str(site) in moves else np.nan
+            gone = float((size[-1] < GONE * usual).mean()) if usual > 0 else 1.0
+            gone = gone if np.isfinite(size[-1]).all() else np.nan
+            decays = moves[str(site)]["decay"] if str(site) in moves else pd.Series(dtype=float)
+            decay = float(decays.iloc[-1]) if len(decays) else np.nan
             rows.append((site, gone, float(size[0].max()), float(size[-1].max()), decay, size.shape[1]))
     columns = ["site", "gone", "first_max", "last_max", "decay", "n"]
     return pd.DataFrame(rows, columns=columns).set_index("site").astype(float)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -32,6 +34,35 @@ _CONTEXT = ("step", "sampled", "batch_size", "loss", "loss_scale", "grad_norm", 
 LATE_FRACTION = 4  # the late window of a run is its last quarter
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def once(function: Callable[Concatenate[Record, P], T]) -> Callable[Concatenate[Record, P], T]:
+    """Compute a function of a record once for each record and each set of arguments.
+
+    Args:
+        function: takes a record and hashable arguments.
+
+    Returns:
+        The same function; what it returned is kept with the record, and frames, series and dicts are handed out as
+        shallow copies: a caller may add columns, but must not write into values.
+    """
+
+    @functools.wraps(function)
+    def remembered(record: Record, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        memory = record.__dict__.setdefault("_remembered", {})
+        key = (function.__module__, function.__qualname__, args, tuple(sorted(kwargs.items())))
+        if key not in memory:
+            memory[key] = function(record, *args, **kwargs)
+        found: T = memory[key]
+        if isinstance(found, (pd.DataFrame, pd.Series)):
+            return found.copy(deep=False)  # type: ignore[return-value]  # of the same type
+        return dict(found) if isinstance(found, dict) else found  # type: ignore[return-value]
+
+    return remembered
+
+
 def split(record: Record) -> list[Record]:
     """Split a record into one record a run; a record without a run stays as it is.
 
@@ -57,6 +88,19 @@ def split(record: Record) -> list[Record]:
     ]
 
 
+def at_rest(record: Record) -> bool:
+    """Tell whether a model was looked at as it is, nothing trained.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        Whether the run says that it had no optimizer.
+    """
+    return any(run.get("optimizers") == [] for run in record.runs)
+
+
+@once
 def attributes(record: Record) -> pd.DataFrame:
     """Return what is known of the sites, indexed by site, in order of execution.
 
@@ -78,6 +122,7 @@ def attributes(record: Record) -> pd.DataFrame:
     return frame.sort_values("order", kind="stable", na_position="last")
 
 
+@once
 def layers(record: Record) -> pd.DataFrame:
     """Return what is known of the modules, indexed by module: the first value that any of its sites has.
 
@@ -94,6 +139,7 @@ def layers(record: Record) -> pd.DataFrame:
     return grouped[columns].first().assign(calls=grouped["call"].max() + 1)
 
 
+@once
 def table(
     record: Record, stat: str, *, slot: str = "output*", role: str = "value", phase: str = "train"
 ) -> pd.DataFrame:
@@ -125,6 +171,7 @@ def table(
     return pd.DataFrame(values, index=pd.Index(steps, name="step"), columns=sites)
 
 
+@once
 def arrays(
     record: Record, stat: str, *, slot: str = "output*", role: str = "value", phase: str = "train"
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -150,6 +197,7 @@ def arrays(
     return {site: found[site] for site in _in_order(record, found)}
 
 
+@once
 def context(record: Record) -> pd.DataFrame:
     """Return the context of each step, indexed by step, without the parameter groups; missing columns are NaN.
 
@@ -244,7 +292,12 @@ def module_of(site: str) -> str:
 
 
 def _in_order(record: Record, sites: Iterable[str]) -> list[str]:
+    rank = _ranks(record)
+    return sorted(sites, key=lambda site: rank.get(site, (np.inf, len(rank))))
+
+
+@once
+def _ranks(record: Record) -> dict[str, tuple[float, int]]:
     known = record.sites.reindex(columns=["site", "order"])
     stated = pd.to_numeric(known["order"], errors="coerce").fillna(np.inf)
-    rank = {site: (order, i) for i, (site, order) in enumerate(zip(known["site"], stated, strict=True))}
-    return sorted(sites, key=lambda site: rank.get(site, (np.inf, len(rank))))
+    return {site: (order, i) for i, (site, order) in enumerate(zip(known["site"], stated, strict=True))}

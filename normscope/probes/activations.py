@@ -127,6 +127,7 @@ class Activations:
         turns: which linear and convolutional layers have their second moments taken at this step.
         on_site: called with a site and its attributes when it is first seen.
         on_failure: called with (probe, site, error) when one fails.
+        on_backward: called when the first gradient comes back through a pass.
     """
 
     def __init__(
@@ -136,10 +137,11 @@ class Activations:
         turns: Factors,
         on_site: Callable[[str, dict[str, object]], None],
         on_failure: Callable[[str, str, Exception], None],
+        on_backward: Callable[[], None],
     ) -> None:
         """Start with nothing measured; see the class."""
         self._norms, self._probes, self._turns = norms, probes, turns
-        self._on_site, self._on_failure = on_site, on_failure
+        self._on_site, self._on_failure, self._on_backward = on_site, on_failure, on_backward
         self._places: dict[tuple[str, int, str], Place] = {}
         self.owners: dict[str, str] = {}  # of each input site the layer
         self.notes: list[tuple[str, str]] = []  # what a reader of the record should know, by site
@@ -269,6 +271,8 @@ class Activations:
         hooks.on_gradient(tensor, lambda gradient: self._gradient(place, gradient, current))
 
     def _gradient(self, place: Place, gradient: torch.Tensor, current: _Pass) -> None:
+        if not self._after_backward:
+            self._on_backward()
         self._after_backward = True
         current.live = True
         if not current.closed and gradient.numel():

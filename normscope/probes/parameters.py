@@ -16,6 +16,7 @@ from normscope.probes import optimizers
 from normscope.probes.normalization import MAX_CHANNELS
 from normscope.probes.summary import Row, channel_row
 
+_COARSE = (torch.float16, torch.bfloat16)  # numbers so far apart that a step may not reach the next
 COPIED = 1 << 25  # bytes of weights copied before a sampled step at most, 32 MB
 
 
@@ -51,6 +52,8 @@ class Parameters:
         self._buffers: dict[int, dict[str, torch.Tensor]] = {}  # of the copies: fresh memory costs more than they do
         self._turn: dict[int, int] = {}
         self._found: list[_Found] = []
+        self._told = False  # of the parameters that no optimizer holds
+        self._left: tuple[nn.Parameter, torch.Tensor, torch.Tensor] | None = None
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Copy weights, `COPIED` bytes of them at most; those left out have their turn at the next sampled step."""
@@ -70,6 +73,16 @@ class Parameters:
             chosen[name] = _copied(thin, buffers.get(name))
         self._turn[id(optimizer)] = start + len(chosen)
         self._copies[id(optimizer)], self._buffers[id(optimizer)] = chosen, chosen
+
+    def see_left(self) -> None:
+        """Look at the gradient that the smallest parameter has before the first backward pass of a step adds to it."""
+        held = (p for o in self._optimizers for group in o.param_groups for p in group["params"])
+        having = [p for p in held if p.grad is not None and id(p) in self._names]
+        if having:
+            least = min(having, key=torch.Tensor.numel)
+            gradient = least.grad
+            assert gradient is not None  # chosen so
+            self._left = (least, gradient, _square(_dense(gradient)))
 
     def gradients(
         self, optimizer: torch.optim.Optimizer, scale: torch.Tensor | None, by_row: bool
@@ -98,10 +111,12 @@ class Parameters:
             rows = rows and gradient.shape == weight.shape
             found = {"square": _row_norms(gradient).square_() if rows else _square(gradient)}
             squares[id(parameter)] = found["square"].sum() if rows else found["square"]
+            if self._left is not None and self._left[0] is parameter and self._left[1] is parameter.grad:
+                found["left"] = self._left[2]  # the same tensor: it was not set to None since
             if gradient.shape == weight.shape:
                 found["inner"] = _row_inner(weight, gradient) if rows else _inner(weight, gradient)
             for stat, state in found.items():
-                power = 2 if stat == "square" else 1
+                power = 1 if stat == "inner" else 2
                 self._add(name, "gradient", stat, state if scale is None else state / scale.to(state.device) ** power)
         return squares
 
@@ -114,6 +129,8 @@ class Parameters:
                 back = before[name].sub_(now)
                 stretch = parameter.numel() / max(now.numel(), 1)
                 self._add(name, "update", "moved", _moved(now, back, stretch))
+                if parameter.dtype in _COARSE and parameter.grad is not None:
+                    self._add(name, "update", "still", _still(back, _thinned(parameter.grad)))
 
     def states(self) -> list[torch.Tensor]:
         """Return what was measured in this step, on its devices."""
@@ -129,7 +146,8 @@ class Parameters:
         Returns:
             One row a parameter and role: norm and rms; of a gradient the cosine with its weight; of an update, in units
             of the weight's norm, the length (relative), the part along the weight (radial), and the angle by which it
-            turns the weight, in radians.
+            turns the weight, in radians; in half precision also the fraction of entries that a gradient did not move
+            (still). Of one gradient the share that the step before has left (left), where it was not cleared.
         """
         states: dict[str, dict[tuple[str, str], np.ndarray]] = {}
         for item, value in zip(self._found, values, strict=True):
@@ -141,6 +159,7 @@ class Parameters:
             for role, (whole, by_row) in _finished(found).items():
                 scalars[site, role] = {"norm": whole["norm"], "rms": whole["norm"] / math.sqrt(size)} | whole
                 arrays[site, role] = by_row
+        self._tell_unheld()
         for site, vector in vectors.items():
             scalars.setdefault((site, "value"), {})
             arrays[site, "value"] = {"value": vector.reshape(-1)}
@@ -148,7 +167,16 @@ class Parameters:
 
     def discard(self) -> None:
         """Forget what the step has left."""
-        self._copies, self._found = {}, []
+        self._copies, self._found, self._left = {}, [], None
+
+    def _tell_unheld(self) -> None:
+        """Tell of the parameters that no optimizer holds, once."""
+        if self._optimizers and not self._told:
+            self._told = True
+            held = {id(p) for o in self._optimizers for group in o.param_groups for p in group["params"]}
+            for name, parameter in self._named.items():
+                if id(parameter) not in held and not is_lazy(parameter):
+                    self._site(name)
 
     def _add(self, name: str, role: str, stat: str, state: torch.Tensor) -> None:
         self._found.append(_Found(name, role, stat, state))
@@ -252,6 +280,12 @@ def _moved(now: torch.Tensor, back: torch.Tensor, stretch: float) -> torch.Tenso
     return torch.stack((_square(back), _inner(now, back), _square(now))) * stretch
 
 
+def _still(back: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return the fraction of entries that have a gradient and were not moved; NaN where none has one."""
+    pushed = gradient != 0
+    return ((back == 0) & pushed).sum() / pushed.sum()
+
+
 @np.errstate(all="ignore")  # a diverged run holds infinities, a bias of zeros has no direction
 def _finished(
     found: Mapping[tuple[str, str], np.ndarray],
@@ -268,6 +302,9 @@ def _finished(
             {"norm": float(np.sqrt(square.sum()))},
             {"row_norm": np.sqrt(square)} if square.ndim else {},
         )
+    left = found.get(("gradient", "left"))
+    if left is not None:
+        result["gradient"][0]["left"] = float(np.sqrt(left / square.sum())) if square is not None else math.nan
     inner = found.get(("gradient", "inner"))
     if inner is not None:
         (value, by_row), (gradient, rows) = result["value"], result["gradient"]
@@ -277,6 +314,9 @@ def _finished(
             rows["row_cosine"] = np.where(sizes == 0, 0.0, inner / sizes)
     if moved is not None:
         result["update"] = (_update(*moved), {})
+        still = found.get(("update", "still"))
+        if still is not None:
+            result["update"][0]["still"] = float(still)
     return result
 
 

@@ -30,7 +30,7 @@ def markdown(record: Record, findings: Sequence[Finding]) -> str:
     totals = ", ".join(f"{SYMBOLS[verdict]} {count(verdict, n)}" for verdict, n in counted(findings))
     lines += [totals or "No findings.", ""]
     for group in groups(findings):
-        for finding in (group.first, *group.rest):
+        for finding in (group.first, *group.rest, *group.following):
             lines += _finding(finding)
     good = passed(findings)
     if good:

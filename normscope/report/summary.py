@@ -20,25 +20,27 @@ _IN_HEADER = ("run", "model", "parameters", "norms")
 
 @dataclass(frozen=True)
 class Group:
-    """Findings of one id, run and verdict: the worst is told in full, the others may be folded away.
+    """Findings of one id, run and verdict, and what follows from them: the worst is told in full, others may be folded.
 
     Attributes:
         first: the worst.
         rest: the others.
+        following: findings that follow from it.
     """
 
     first: Finding
     rest: tuple[Finding, ...]
+    following: tuple[Finding, ...] = ()
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites of all its findings, each once, the worst first."""
+        """The sites of all its own findings, each once, the worst first."""
         every = [site for finding in (self.first, *self.rest) for site in (finding.site, *finding.sites) if site]
         return tuple(dict.fromkeys(every))
 
 
 def groups(findings: Sequence[Finding]) -> list[Group]:
-    """Group findings by verdict, id and run, worst first; those that are ok are left out.
+    """Group findings by verdict, id and run, worst first, with what follows from each; what is ok is left out.
 
     Args:
         findings: the findings.
@@ -46,11 +48,19 @@ def groups(findings: Sequence[Finding]) -> list[Group]:
     Returns:
         The groups, in the order of their first findings.
     """
+    shown = [finding for finding in worst_first(findings) if finding.verdict is not Verdict.OK]
+    known = {(finding.run, finding.id) for finding in shown}
     parts: dict[tuple[Verdict, str, str], list[Finding]] = {}
-    for finding in worst_first(findings):
-        if finding.verdict is not Verdict.OK:
+    following: dict[tuple[str, str], list[Finding]] = {}
+    for finding in shown:
+        root = (finding.run, finding.follows)
+        if root in known:
+            following.setdefault(root, []).append(finding)
+        else:
             parts.setdefault((finding.verdict, finding.id, finding.run), []).append(finding)
-    return [Group(first, tuple(rest)) for first, *rest in parts.values()]
+    return [
+        Group(first, tuple(rest), tuple(following.pop((first.run, first.id), ()))) for first, *rest in parts.values()
+    ]
 
 
 def passed(findings: Sequence[Finding]) -> list[Finding]:

@@ -21,6 +21,7 @@ _HEADER = ("verdict", "id", "site", "step", "message")
 _LEAST_MESSAGE = 44
 _FEW = 16
 _INDENT = " " * 4
+_FOLLOWS = "└ "  # before the id of a finding that follows from the one above
 
 
 def findings_table(findings: Sequence[Finding], width: int, color: bool | None = None) -> str:
@@ -69,7 +70,8 @@ def findings_table(findings: Sequence[Finding], width: int, color: bool | None =
 def _cells(finding: Finding) -> tuple[str, str, str, str]:
     site = printable(finding.site) + (f" +{len(finding.sites) - 1}" if len(finding.sites) > 1 else "")
     step = "" if finding.step is None else str(finding.step)
-    return f"{SYMBOLS[finding.verdict]} {finding.verdict.value}", printable(finding.id), site, step
+    name = f"{_FOLLOWS if finding.follows else ''}{printable(finding.id)}"
+    return f"{SYMBOLS[finding.verdict]} {finding.verdict.value}", name, site, step
 
 
 def _filled(begin: str, message: str, left: int) -> list[str]:

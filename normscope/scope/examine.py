@@ -72,11 +72,14 @@ def examine(
         name="examined",
     )
     quiet = not sys.stderr.isatty() if progress is None else not progress
+    stored = [(buffer, buffer.detach().clone()) for buffer in inner.buffers()]
     try:
         with _undisturbed(inner, session):
             for number, batch in enumerate(tqdm(held, desc="batches", unit="batch", disable=quiet)):
                 session.annotate({"loss": _run(problem, inner, batch, number)})
                 session.look(still)
+                for buffer, value in stored:  # each batch meets the model as it is
+                    buffer.copy_(value)
     finally:
         hooks.remove()
         session.finish(measure=False)

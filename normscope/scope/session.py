@@ -84,7 +84,9 @@ class Session:
         self._norms, self._optimizers, self._named = norms, tuple(stepped), named
         self._probes = set(probes)
         self._factors = Factors(every, reduction == "mean", "correlation" in self._probes, "patches" in self._probes)
-        self._activations = Activations(norms, self._probes, self._factors, self._on_site, self.fail)
+        self._activations = Activations(
+            norms, self._probes, self._factors, self._on_site, self.fail, self._begin_backward
+        )
         self._parameters = Parameters(named, self._optimizers, self._on_site)
         self._normalization = Normalization(norms, modules, self._on_site)
         self._stream = Stream()
@@ -270,6 +272,7 @@ class Session:
 
     def _begin_step(self) -> None:
         self._forwards = 0
+        self._heard = False  # whether a gradient has come back in this step
         self._batch = {True: 0, False: 0}
         self._suspended = False
         self._squares: dict[int, list[torch.Tensor]] = {}
@@ -342,6 +345,15 @@ class Session:
         self._squares[id(optimizer)] = squares  # of its last step, where it steps more often than the others
         if self._row["grad_norm"] is None or isinstance(self._row["grad_norm"], list):
             self._row["grad_norm"] = [square for some in self._squares.values() for square in some]
+
+    def _begin_backward(self) -> None:
+        """Look for gradients that the step before has left, at the first backward pass of a step."""
+        if not self._heard and "parameters" in self._probes:
+            self._heard = True
+            try:
+                self._parameters.see_left()
+            except Exception as error:  # the run goes on
+                self.fail("parameters", "", error)
 
     def _see_batch(self, x: torch.Tensor | None) -> None:
         """Look at the batch of a forward pass, and at the gradient that passes before it in the step have left."""

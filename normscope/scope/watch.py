@@ -57,6 +57,7 @@ def watch(
         "reduction": reduction,
         "probes": list(chosen),
         "problem": problem is not None,
+        "optimizers": [type(optimizer).__name__ for optimizer in optimizers],
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in parameters.named(model).values() if not is_lazy(p)),
         "modules": len(modules),

@@ -20,12 +20,13 @@ from normscope.diagnostics import (
     propagation,
     run,
     scale,
+    training,
 )
 from tests.metrics.records import Network, at, over_depth
 
 RULES = [
     rule
-    for module in (conditioning, curvature, mismatch, noise, propagation, run, scale)
+    for module in (conditioning, curvature, mismatch, noise, propagation, run, scale, training)
     for rule in vars(module).values()
     if type(rule).__name__ == "Rule"
 ]
