@@ -15,7 +15,8 @@ from normscope.probes import VERSION
 
 FOLDER = Path(__file__).parent / "records" / f"probes-{VERSION}"
 LARGEST = 200_000  # bytes of a file
-_KEPT = 5  # newest arrays of each statistic
+_KEPT = 2  # newest arrays of each statistic
+_KEPT_LONG = {"row_cosine": 5, "row_norm": 5}  # of those that are judged over time
 _WIDEST = 1024  # elements of an array; longer ones are pictures' data
 _DROPPED_BITS = 13  # of the 23 of a float32's mantissa: 1 part in 2048 is lost
 
@@ -78,7 +79,8 @@ def _told(item: Block | Channels) -> dict[str, object]:
 
 
 def _newest(item: Channels) -> Channels:
-    return replace(item, steps=item.steps[-_KEPT:], values=item.values[-_KEPT:])
+    kept = _KEPT_LONG.get(item.stat, _KEPT)
+    return replace(item, steps=item.steps[-kept:], values=item.values[-kept:])
 
 
 def _rounded(numbers: np.ndarray) -> np.ndarray:
