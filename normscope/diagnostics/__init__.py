@@ -10,7 +10,18 @@ import numpy as np
 from normscope.core.errors import ArgumentError, brief
 from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.core.record import Record
-from normscope.diagnostics import conditioning, curvature, mismatch, noise, propagation, run, scale, training
+from normscope.diagnostics import (
+    conditioning,
+    curvature,
+    mismatch,
+    noise,
+    optimizer,
+    propagation,
+    run,
+    scale,
+    structure,
+    training,
+)
 from normscope.diagnostics.causes import grouped
 from normscope.metrics import tables
 
@@ -67,6 +78,21 @@ DIAGNOSTICS: tuple[Diagnostic, ...] = (
     mismatch.updated_twice,
     mismatch.evaluation_mode,
     mismatch.tiny_variance,
+    structure.few_values,
+    structure.dropout_before_norm,
+    structure.never_reached,
+    structure.missing_norm,
+    structure.shared_norm,
+    structure.eps,
+    structure.mixed_kinds,
+    structure.zero_gains,
+    structure.frozen_gains,
+    structure.unsynchronized,
+    optimizer.missing_parameters,
+    optimizer.parameter_twice,
+    optimizer.eps,
+    optimizer.decay_lost,
+    optimizer.gains_stuck,
 )
 
 

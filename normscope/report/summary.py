@@ -15,7 +15,7 @@ from normscope.metrics import tables
 from normscope.report.text import number, words
 
 MOST_EVENTS = 200
-_IN_HEADER = ("run", "model", "parameters", "norms")
+_IN_HEADER = ("run", "model", "parameters", "norms", "structure")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from normscope.core.errors import ArgumentError, unknown_name
 from normscope.core.store import Store, check_run
 from normscope.linalg.problem import Problem
 from normscope.norms.recognize import find_norms
-from normscope.probes import parameters
+from normscope.probes import parameters, structure
 from normscope.probes.hooks import Hooks
 from normscope.scope.session import ON_REQUEST, PROBES, Session
 
@@ -62,6 +62,7 @@ def watch(
         "parameters": sum(p.numel() for p in parameters.named(model).values() if not is_lazy(p)),
         "modules": len(modules),
         "norms": len(norms),
+        "structure": structure.describe(model, modules, norms, owned, optimizers),
     }
     store = Store(path, name if path is None else path.name, _provenance(model) | facts)
     session = Session(

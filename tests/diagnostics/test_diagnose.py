@@ -17,16 +17,29 @@ from normscope.diagnostics import (
     id_of,
     mismatch,
     noise,
+    optimizer,
     propagation,
     run,
     scale,
+    structure,
     training,
 )
 from tests.metrics.records import Network, at, over_depth
 
 RULES = [
     rule
-    for module in (conditioning, curvature, mismatch, noise, propagation, run, scale, training)
+    for module in (
+        conditioning,
+        curvature,
+        mismatch,
+        noise,
+        optimizer,
+        propagation,
+        run,
+        scale,
+        structure,
+        training,
+    )
     for rule in vars(module).values()
     if type(rule).__name__ == "Rule"
 ]
