@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from torch import nn
 from normscope import workbench
 from normscope.cli.folder import free
 from normscope.core.errors import ArgumentError
+from normscope.core.finding import Finding, Verdict
 from normscope.linalg.problem import Problem
 from normscope.norms.conversion import convert
 from normscope.report.table import findings_table
 from normscope.scope.attach import attach
+from normscope.workbench.breaks import BREAKS, Break
 
 BATCH = {"cnn": 64, "transformer": 16}
 HELD = {"cnn": 256, "transformer": 32}
@@ -44,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a setting of that normalization, as groups=4; can be repeated",
     )
+    parser.add_argument(
+        "--break",
+        dest="defect",
+        metavar="NAME",
+        choices=tuple(BREAKS),
+        help=f"break the run on purpose and see the report find it: {', '.join(BREAKS)}",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
     parser.add_argument("--steps", type=_positive, default=300, help="training steps (default: 300)")
     parser.add_argument("--out", type=Path, help="folder of the run, new (default: runs/demo-MODEL, then -2, -3, ...)")
@@ -53,12 +62,22 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, attached; print the findings and where the run and its page are."""
     if arguments.norm_option and not arguments.norm:
         raise ArgumentError("--norm-option is given without --norm NAME, whose setting it would be.")
-    name = "-".join(filter(None, ("demo", arguments.model, arguments.norm)))
+    defect = BREAKS.get(arguments.defect)
+    if defect is not None and arguments.model not in defect.models:
+        fitting = ", ".join(name for name, other in BREAKS.items() if arguments.model in other.models)
+        raise ArgumentError(
+            f"--break {arguments.defect} needs --model {' or '.join(defect.models)}; --model {arguments.model} can be "
+            f"broken by {fitting}."
+        )
+    name = "-".join(filter(None, ("demo", arguments.model, arguments.norm, arguments.defect)))
     out = arguments.out or free(Path("runs") / name)
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     change = partial(_converted, to=arguments.norm, options=dict(arguments.norm_option))
     model, optimizer, batches, held = _SETUPS[arguments.model](generator, change)
+    if defect is not None:
+        print(f"broken on purpose: {defect.text}")
+        batches = defect.change(model, optimizer, batches)
     problem = Problem(model, workbench.cross_entropy, [held])
     with attach(model, optimizer, run=out, problem=problem) as scope:
         workbench.fit(
@@ -69,10 +88,22 @@ def run(arguments: argparse.Namespace) -> int:
             steps=arguments.steps,
             on_step=lambda step, loss: scope.step(loss=loss),
         )
-    print(findings_table(scope.findings(), shutil.get_terminal_size().columns))
+    findings = scope.findings()
+    print(findings_table(findings, shutil.get_terminal_size().columns))
+    if defect is not None:
+        print(f"\n{_outcome(defect, findings)}")
     page = scope.report()
     print(f"\nrun     {out}\nreport  {page}")
     return 0
+
+
+def _outcome(defect: Break, findings: Sequence[Finding]) -> str:
+    """Say where in the report the defect stands."""
+    shown = [finding for finding in findings if finding.verdict is not Verdict.OK]
+    for place, finding in enumerate(shown, start=1):
+        if finding.id in defect.findings and finding.verdict is not Verdict.UNDECIDED:
+            return f"found  {defect.text}: {finding.id}, number {place} of {len(shown)}"
+    return f"not found  {defect.text}: {' or '.join(defect.findings)} did not come up; try more --steps"
 
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]

@@ -48,9 +48,8 @@ UNTRAINED = Rule(
     threshold=0.0,
     threshold_source="identity: a weight that is trained moves",
     source="huang2020",
-    cause="The parameter is frozen or missing from the optimizer while layers before and after it are trained.",
-    remedy="Pass model.parameters() to the optimizer after the last layer was built or replaced, and set "
-    "requires_grad_(True) where the layer is meant to learn.",
+    cause="The parameter is frozen while layers before it are trained.",
+    remedy="Call requires_grad_(True) on it where the layer is meant to learn.",
 )
 CLIPPING = Rule(
     id="training.clipping",
@@ -206,12 +205,11 @@ def untrained(record: Record) -> list[Finding]:
         sites=[str(name) for name in out.index],
         evidence=evidence,
         cause="Layers are frozen, as in fine-tuning, or not used by the loss.",
-        remedy="Nothing, if this is meant; else see requires_grad and the parameters given to the optimizer.",
+        remedy="Nothing, if this is meant; else see requires_grad and the forward pass.",
     )
 
 
 _REASONS = {
-    "no optimizer": "held by no optimizer",
     "frozen": "frozen (requires_grad is False)",
     "no gradient": "reached by no gradient",
 }

@@ -79,9 +79,7 @@ def invariance(record: Record) -> pd.DataFrame:
     rows = []
     for site, shape in weights(record)["shape"].items():
         site, elements = str(site), float(np.prod(shape))
-        if site not in whole:  # no optimizer holds it
-            continue
-        series = whole[site].to_numpy(float)
+        series = whole[site].to_numpy(float) if site in whole else np.empty(0)
         unit, units, defect, n = _unit(site, elements, series[np.isfinite(series)], cosines, sizes)
         found = [held[role, f"{unit if unit in _UNITS else 'tensor'}_defect"] for role in ("value", "gradient")]
         values = [float(frame[site].iloc[-1]) if len(frame) and site in frame else np.nan for frame in found]

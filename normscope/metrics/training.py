@@ -97,13 +97,13 @@ def losses(record: Record) -> Losses | None:
 
 
 def untrained(record: Record) -> pd.DataFrame:
-    """Return the parameters that the run does not train.
+    """Return what an optimizer holds and the run does not train.
 
     Args:
         record: record of one run.
 
     Returns:
-        Indexed by site: module, matrix (whether it has two dimensions or more), reason ("no optimizer" holds it, it is
+        Indexed by site: module, matrix (whether it has two dimensions or more), reason (it is
         "frozen", "no gradient" reaches it, or it does "not move" though it has one), order of the module's output, and
         `enclosed`: whether a trained matrix comes before it in the order of execution.
     """
@@ -116,12 +116,8 @@ def untrained(record: Record) -> pd.DataFrame:
     for site, fact in facts.iterrows():
         moves = update[site].dropna() if site in update else pd.Series(dtype=float)
         pushes = gradient[site].dropna() if site in gradient else pd.Series(dtype=float)
-        held = bool(fact["optimizer"])
-        still = held and len(moves) >= 2 and bool((moves == 0).all())
         reason = ""
-        if not held:
-            reason = "no optimizer" if fact["trainable"] is True else "frozen"
-        elif still:
+        if len(moves) >= 2 and bool((moves == 0).all()):
             reason = "frozen" if fact["trainable"] is False else "not move" if (pushes > 0).any() else "no gradient"
         matrix = isinstance(fact["shape"], list) and len(fact["shape"]) > 1
         rows.append((site, fact["module"], matrix, reason, float(order.get(fact["module"], np.nan))))

@@ -52,7 +52,6 @@ class Parameters:
         self._buffers: dict[int, dict[str, torch.Tensor]] = {}  # of the copies: fresh memory costs more than they do
         self._turn: dict[int, int] = {}
         self._found: list[_Found] = []
-        self._told = False  # of the parameters that no optimizer holds
         self._left: tuple[nn.Parameter, torch.Tensor, torch.Tensor] | None = None
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -159,7 +158,6 @@ class Parameters:
             for role, (whole, by_row) in _finished(found).items():
                 scalars[site, role] = {"norm": whole["norm"], "rms": whole["norm"] / math.sqrt(size)} | whole
                 arrays[site, role] = by_row
-        self._tell_unheld()
         for site, vector in vectors.items():
             scalars.setdefault((site, "value"), {})
             arrays[site, "value"] = {"value": vector.reshape(-1)}
@@ -168,15 +166,6 @@ class Parameters:
     def discard(self) -> None:
         """Forget what the step has left."""
         self._copies, self._found, self._left = {}, [], None
-
-    def _tell_unheld(self) -> None:
-        """Tell of the parameters that no optimizer holds, once."""
-        if self._optimizers and not self._told:
-            self._told = True
-            held = {id(p) for o in self._optimizers for group in o.param_groups for p in group["params"]}
-            for name, parameter in self._named.items():
-                if id(parameter) not in held and not is_lazy(parameter):
-                    self._site(name)
 
     def _add(self, name: str, role: str, stat: str, state: torch.Tensor) -> None:
         self._found.append(_Found(name, role, stat, state))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from normscope.workbench.breaks import BREAKS
 from normscope.workbench.data import batches, mnist, split, text, windows
 from normscope.workbench.models import mlp, residual_cnn, transformer
 from normscope.workbench.train import accuracy, cross_entropy, evaluate, fit
 
 __all__ = [
+    "BREAKS",
     "accuracy",
     "batches",
     "cross_entropy",
