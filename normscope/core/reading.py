@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from normscope.core.errors import StoreError
 from normscope.core.record import Block, Channels, Record
-from normscope.core.store import (
-    APPLICATION_ID,
-    EVENT_COLUMNS,
-    FILE_NAME,
-    GROUP_COLUMNS,
-    SCHEMA_VERSION,
-    STEP_COLUMNS,
-    checksum,
-)
+from normscope.core.store import EVENT_COLUMNS, FILE_NAME, GROUP_COLUMNS, STEP_COLUMNS, check_file, stored_rows
 
 
 def load(path: str | Path) -> Record:
@@ -45,7 +37,7 @@ def load(path: str | Path) -> Record:
     try:
         connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
         try:
-            _check(connection, file)
+            check_file(connection, file)
             connection.execute("BEGIN")
             return read(connection)
         finally:
@@ -54,29 +46,15 @@ def load(path: str | Path) -> Record:
         raise StoreError(f"{file} is damaged or not a normscope record: {error}. Restore it from a copy.") from error
 
 
-def _check(connection: sqlite3.Connection, file: Path) -> None:
-    application = connection.execute("PRAGMA application_id").fetchone()[0]
-    if application != APPLICATION_ID:
-        raise StoreError(
-            f"{file} is a database, but not a normscope record. Of a live or killed run copy {FILE_NAME}-wal as well."
-        )
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version != SCHEMA_VERSION:
-        raise StoreError(
-            f"{file} has schema version {version}; this normscope reads {SCHEMA_VERSION}. "
-            "Read it with the version of normscope that wrote it."
-        )
-    damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if damage != "ok":
-        raise StoreError(f"{file} is damaged: {damage}. Restore it from a copy.")
-
-
 def read(connection: sqlite3.Connection) -> Record:
     """Return what was committed to an open database."""
-    runs = [json.loads(provenance) for _, provenance in _rows(connection, "runs", "rowid")]
+    runs = [json.loads(provenance) for _, provenance in stored_rows(connection, "runs", "rowid")]
     if not runs:
         raise StoreError("the file holds no run: it is damaged. Restore it from a copy.")
-    known = [{"run": run, "site": site, **json.loads(text)} for run, site, text in _rows(connection, "sites", "rowid")]
+    known = [
+        {"run": run, "site": site, **json.loads(text)} for run, site, text in stored_rows(connection, "sites", "rowid")
+    ]
+    known.sort(key=lambda site: site.get("order", math.inf))  # a site that was written again has moved to the end
     return Record(
         runs=tuple(runs),
         sites=pd.DataFrame(known) if known else pd.DataFrame(columns=["run", "site", "module", "call", "slot"]),
@@ -88,7 +66,7 @@ def read(connection: sqlite3.Connection) -> Record:
 
 
 def _table(connection: sqlite3.Connection, name: str, columns: Sequence[str]) -> pd.DataFrame:
-    return pd.DataFrame(list(_rows(connection, name, "step")), columns=list(columns))
+    return pd.DataFrame(list(stored_rows(connection, name, "step")), columns=list(columns))
 
 
 def _context(connection: sqlite3.Connection) -> pd.DataFrame:
@@ -102,9 +80,9 @@ def _context(connection: sqlite3.Connection) -> pd.DataFrame:
 
 
 def _blocks(connection: sqlite3.Connection) -> tuple[Block, ...]:
-    layouts = {number: (run, json.loads(keys)) for number, run, keys in _rows(connection, "layouts", "id")}
+    layouts = {number: (run, json.loads(keys)) for number, run, keys in stored_rows(connection, "layouts", "id")}
     parts: dict[tuple[str, str, str, str, tuple[str, ...]], list[tuple[np.ndarray, np.ndarray]]] = {}
-    for number, group in groupby(_rows(connection, "scalars", "layout, step"), key=itemgetter(0)):
+    for number, group in groupby(stored_rows(connection, "scalars", "layout, step"), key=itemgetter(0)):
         run, keys = layouts[number]
         rows = list(group)
         steps = np.array([row[1] for row in rows], np.int64)
@@ -130,19 +108,9 @@ def _in_time(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray
 
 def _channels(connection: sqlite3.Connection) -> tuple[Channels, ...]:
     parts: dict[tuple[str, str, str, str, str], list[tuple[int, np.ndarray]]] = {}
-    for *key, step, data in _rows(connection, "arrays", "step"):
+    for *key, step, data in stored_rows(connection, "arrays", "step"):
         parts.setdefault(tuple(key), []).append((step, np.frombuffer(data, "<f4")))
     return tuple(
         Channels(*key, np.array([step for step, _ in rows], np.int64), tuple(array for _, array in rows))
         for key, rows in parts.items()
     )
-
-
-def _rows(connection: sqlite3.Connection, table: str, order: str) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of a table without their checksums, which are verified."""
-    for *row, expected in connection.execute(f"SELECT * FROM {table} ORDER BY {order}"):
-        if checksum(row) != expected:
-            raise StoreError(
-                f"a row of {table!r} does not match its checksum: the file is damaged. Restore it from a copy."
-            )
-        yield tuple(row)

@@ -14,18 +14,19 @@ import sqlite3
 import struct
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from normscope.core.errors import ArgumentError, StoreError
 
 if TYPE_CHECKING:
+    from normscope.core.earlier import Earlier
     from normscope.core.record import Record
 
 FILE_NAME = "record.sqlite"
@@ -60,35 +61,45 @@ class Store:
         path: folder of the run, created if needed; None keeps the record in memory.
         run: name of the run.
         provenance: what the run is: versions, seed, device, revision.
+        earlier: what the file holds already, to go on from there; None begins a new file.
 
     Raises:
-        StoreError: if the folder holds a run already or cannot be written.
+        StoreError: if the folder holds a run already, or one that another process writes, or cannot be written.
     """
 
-    def __init__(self, path: str | Path | None, run: str, provenance: Mapping[str, object]) -> None:
-        """Create the file and its schema; see the class."""
-        self.run = run
-        self.path = None if path is None else _new_file(Path(path))
+    def __init__(
+        self, path: str | Path | None, run: str, provenance: Mapping[str, object], earlier: Earlier | None = None
+    ) -> None:
+        """Create the file and its schema, or open it again; see the class."""
+        self.run = run if earlier is None else earlier.run
+        self.path = None if path is None else _new_file(Path(path)) if earlier is None else Path(path) / FILE_NAME
         self._pending: list[tuple[str, tuple[object, ...]]] = []
         self._scalars: dict[int, dict[Layer, bytes]] = {}  # by step
-        self._layouts: dict[tuple[Layer, ...], int] = {}
-        self._written: set[int] = set()  # layouts that the file holds
+        self._layouts: dict[tuple[Layer, ...], int] = {} if earlier is None else dict(earlier.layouts)
+        self._written = set(self._layouts.values())  # layouts that the file holds
         try:
             self._connection = sqlite3.connect(self.path or ":memory:", isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA busy_timeout = 5000")
+            if earlier is not None:  # refused while another connection is open: two writers would mix their steps
+                self._connection.execute("PRAGMA journal_mode = DELETE")
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
-            self._connection.execute("PRAGMA busy_timeout = 5000")
-            marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
-            self._connection.executescript(f"BEGIN;{_SCHEMA}{marks}COMMIT;")
-            created = {"run": run, "created": time.time(), **provenance}
-            self._add("runs", run, json.dumps(created))
+            if earlier is None:
+                marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
+                self._connection.executescript(f"BEGIN;{_SCHEMA}{marks}COMMIT;")
+            now: dict[str, object] = {"run": self.run, "created": time.time(), **provenance}
+            self._provenance = now if earlier is None else earlier.continued(now)
+            self._add("runs", self.run, json.dumps(self._provenance))
             self.commit()
-        except (sqlite3.Error, UnicodeError) as error:
+        except (sqlite3.Error, UnicodeError, StoreError) as error:
+            if earlier is not None:
+                self._connection.close()
+                raise StoreError(
+                    f"run={str(path)!r} cannot be resumed ({error}); close the process or the scope that still writes "
+                    "or reads it, or choose another folder."
+                ) from error
             self._discard()
             raise StoreError(f"run={str(path)!r} cannot be written ({error}); choose another folder.") from error
-        except StoreError:
-            self._discard()
-            raise
 
     def _discard(self) -> None:
         """Take away a file that could not be begun, so that the folder can be used again."""
@@ -120,6 +131,10 @@ class Store:
         """Add something that went wrong or was left out."""
         self._add("events", self.run, step, kind, site, message)
 
+    def end(self) -> None:
+        """Note that the run ends here, and when."""
+        self._add("runs", self.run, json.dumps({**self._provenance, "closed": time.time()}))
+
     def commit(self) -> None:
         """Write the waiting rows in one transaction.
 
@@ -131,9 +146,9 @@ class Store:
                 self._connection.execute("ROLLBACK")
             self._connection.execute("BEGIN IMMEDIATE")
             for table, group in groupby([*self._pending, *self._packed()], key=itemgetter(0)):
-                rows = [row for _, row in group]
-                places = ", ".join("?" * len(rows[0]))
-                self._connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", rows)
+                found = [row for _, row in group]
+                places = ", ".join("?" * len(found[0]))
+                self._connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", found)
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
             if self._connection.in_transaction:
@@ -175,14 +190,14 @@ class Store:
 
     def _packed(self) -> list[tuple[str, tuple[object, ...]]]:
         """Return the waiting scalars as rows, one a step, after the layouts that they begin."""
-        layouts, rows = [], []
+        layouts, packed = [], []
         for step, found in self._scalars.items():
             keys = tuple(found)
             number = self._layouts.setdefault(keys, 1 + max(self._layouts.values(), default=-1))
             if number not in self._written:  # again, where the commit before failed
                 layouts.append(_checked("layouts", number, self.run, json.dumps(keys)))
-            rows.append(_checked("scalars", number, step, b"".join(found.values())))
-        return layouts + rows
+            packed.append(_checked("scalars", number, step, b"".join(found.values())))
+        return layouts + packed
 
 
 def _checked(table: str, *row: object) -> tuple[str, tuple[object, ...]]:
@@ -205,12 +220,60 @@ def _new_file(folder: Path) -> Path:
         path.open("x").close()  # of several processes that begin at once, one creates it
     except FileExistsError:
         raise StoreError(
-            f"run={str(folder)!r} holds a run already; choose another folder, or delete it if it is not needed. "
-            f"To read it: normscope.load({str(folder)!r})."
+            f"run={str(folder)!r} holds a run already; choose another folder, or delete it if it is not needed. To go "
+            f"on from a checkpoint: attach(..., resume=True). To read it: normscope.load({str(folder)!r})."
         ) from None
     except OSError as error:
         raise StoreError(f"run={str(folder)!r} cannot be written ({error}); choose another folder.") from error
     return path
+
+
+def check_file(connection: sqlite3.Connection, file: Path) -> None:
+    """Refuse a database that is no record of this schema version, or is damaged.
+
+    Args:
+        connection: the open file.
+        file: its path, for the message.
+
+    Raises:
+        StoreError: if it is refused.
+    """
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    if application != APPLICATION_ID:
+        raise StoreError(
+            f"{file} is a database, but not a normscope record. Of a live or killed run copy {FILE_NAME}-wal as well."
+        )
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
+        raise StoreError(
+            f"{file} has schema version {version}; this normscope reads {SCHEMA_VERSION}. "
+            "Read it with the version of normscope that wrote it."
+        )
+    damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if damage != "ok":
+        raise StoreError(f"{file} is damaged: {damage}. Restore it from a copy.")
+
+
+def stored_rows(connection: sqlite3.Connection, table: str, order: str) -> Iterator[tuple[Any, ...]]:
+    """Read the rows of a table without their checksums, which are verified.
+
+    Args:
+        connection: the open file.
+        table: name of the table.
+        order: column by which they come.
+
+    Yields:
+        One tuple a row.
+
+    Raises:
+        StoreError: if a row does not match its checksum.
+    """
+    for *row, expected in connection.execute(f"SELECT * FROM {table} ORDER BY {order}"):
+        if checksum(row) != expected:
+            raise StoreError(
+                f"a row of {table!r} does not match its checksum: the file is damaged. Restore it from a copy."
+            )
+        yield tuple(row)
 
 
 def _float32(values: np.ndarray) -> bytes:

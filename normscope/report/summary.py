@@ -109,8 +109,10 @@ def provenance(run: Mapping[str, object]) -> list[tuple[str, str]]:
 def _value(name: str, value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {item}" for key, item in value.items())
-    if name == "created" and isinstance(value, (int, float)):
+    if name in ("created", "closed") and isinstance(value, (int, float)):
         return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    if name == "segments" and isinstance(value, list):
+        return ", ".join(f"from step {part['step']}: {_value('created', part['created'])}" for part in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value) if name == "seed" else number(value)

@@ -125,6 +125,7 @@ def attach(
     problem: Problem | None = None,
     scaler: Any = None,
     reduction: str = "mean",
+    resume: bool = False,
 ) -> Scope:
     """Attach to a training run; nothing else in it changes.
 
@@ -135,7 +136,7 @@ def attach(
     Args:
         model: the model.
         optimizer: its optimizer, or several; with several a step ends when all have stepped.
-        run: folder of the record, new; None keeps it in memory.
+        run: folder of the record, new unless `resume`; None keeps it in memory.
         every: a step is sampled if its index is a multiple of this.
         layers: which modules to watch: a glob over module paths ("layer3.*"), a module type, or a sequence of these; a
             match brings the modules below it. All by default.
@@ -146,6 +147,8 @@ def attach(
             the curvature of the loss.
         scaler: the `torch.amp.GradScaler`, so that its scale is undone and skipped steps are known.
         reduction: how the loss joins the samples of a batch, "mean" or "sum".
+        resume: if the folder holds a run of this model already, go on with it: its steps are kept, and those to come
+            are counted on from the last of them.
 
     Returns:
         The scope; a context manager that detaches at its end.
@@ -174,6 +177,10 @@ def attach(
         )
     if scaler is not None and not hasattr(scaler, "get_scale"):
         raise ArgumentError(f"scaler={type(scaler).__name__} must be a torch.amp.GradScaler, or None.")
+    if not isinstance(resume, bool) or (resume and run is None):
+        raise ArgumentError(
+            f"resume={resume!r} must be True, with run= the folder of the run to go on with, or False to begin one."
+        )
     watched = watch(
         model,
         optimizers,
@@ -184,6 +191,7 @@ def attach(
         problem=problem,
         scaler=scaler,
         reduction=reduction,
+        resume=resume,
     )
     return Scope(*watched)
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from normscope.core.earlier import Earlier
 from normscope.core.errors import StoreError, Unmeasurable
 from normscope.core.schedule import is_rare, is_sampled, keeps_arrays
 from normscope.core.site import Site
@@ -63,6 +64,7 @@ class Session:
         problem: held data, or None.
         scaler: the gradient scaler, or None.
         reduction: how the loss joins samples, "mean" or "sum".
+        earlier: what the store holds of the run that goes on, None if it begins.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Session:
         problem: Problem | None,
         scaler: Any,
         reduction: str = "mean",
+        earlier: Earlier | None = None,
     ) -> None:
         """Set the first step up as sampled; see the class."""
         self.store, self.every, self.problem, self.scaler = store, every, problem, scaler
@@ -93,9 +96,10 @@ class Session:
         self._forward_batch = 0  # samples in the last forward pass of training
         self._trained = 0  # samples in all of them
         self._ends: set[str] = set()  # sites of the whole model that the record knows
-        self._order = 0
-        self._samples = 0
-        self._sampled_at = 0
+        self._sites = {} if earlier is None else dict(earlier.sites)  # of the run before it was resumed
+        self._order = len(self._sites)
+        self._samples = 0 if earlier is None else earlier.samples
+        self._sampled_at: int | None = None
         self._taken: set[str] = set()  # snapshots of the last sampled step that have found something
         self._unheard = False  # whether a sampled step without any forward hook was reported
         self._latest: tuple[int, list[tuple[str, summary.Row]]] | None = None
@@ -109,9 +113,11 @@ class Session:
         self._repeats = 0  # steps of one optimizer while another was waited for
         self._process = os.getpid()
         self._scale = self._loss_scale()
-        self.step = 0
+        self.step = 0 if earlier is None else earlier.step
         self.active = False
         self._begin_step()
+        if earlier is not None:
+            self.store.event(self.step, "resumed", "", f"resumed: recorded before are {self.step} steps")
 
     # ---- what the hooks report -------------------------------------------------------------------------------------
 
@@ -238,7 +244,7 @@ class Session:
             self._see_skip()
             self.active = False
             self._activations.discard()
-            if self._samples:
+            if self._sampled_at is not None:
                 step, rows = self._latest or (self._sampled_at, [])
                 due = set(SNAPSHOTS) if self._latest else RARE - self._taken
                 fresh = self._snapshots(due, ends=True) if measure else []
@@ -253,6 +259,7 @@ class Session:
         except Exception as error:  # the record so far is worth more than its last arrays
             self.fail("population", "", error)
         try:
+            self.store.end()
             self.flush()
         except Exception as error:  # as a device that was lost: the user's own error matters more
             log.warning("normscope could not write its last steps: %s", error)
@@ -472,7 +479,8 @@ class Session:
                     self._on_site(site, {"module": "", "call": 0, "slot": slot, "class": "model"})
 
     def _on_site(self, site: str, attributes: dict[str, object]) -> None:
-        self.store.site(site, {**attributes, "order": self._order})
-        self._order += 1
+        known = self._sites.get(site)
+        self.store.site(site, {**attributes, "order": self._order if known is None else known.get("order")})
+        self._order += known is None
         if attributes.get("note"):
             self.store.event(self.step, "unmeasured", site, str(attributes["note"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from normscope.core.earlier import Earlier, earlier
 from normscope.core.errors import ArgumentError, unknown_name
-from normscope.core.store import Store, check_run
+from normscope.core.site import Site
+from normscope.core.store import Store, check_run, run_exists
 from normscope.linalg.problem import Problem
 from normscope.norms.recognize import find_norms
 from normscope.probes import parameters, structure
@@ -38,6 +41,7 @@ def watch(
     problem: Problem | None,
     scaler: Any,
     reduction: str,
+    resume: bool = False,
     name: str = "run",
 ) -> tuple[Session, Hooks, Path | None, str]:
     """Begin a record and put the hooks on a model; the arguments are those of `attach`.
@@ -52,6 +56,9 @@ def watch(
     owned = {name: p for name, p in parameters.named(model).items() if _owner(name) in modules}
     check_run(run)
     path = None if run is None else Path(run).resolve()  # the program may change its folder
+    before = earlier(path) if resume and path is not None and run_exists(path) else None
+    if before is not None:
+        _check_same(model, before)
     facts = {
         "every": every,
         "reduction": reduction,
@@ -64,7 +71,7 @@ def watch(
         "norms": len(norms),
         "structure": structure.describe(model, modules, norms, owned, optimizers),
     }
-    store = Store(path, name if path is None else path.name, _provenance(model) | facts)
+    store = Store(path, name if path is None else path.name, _provenance(model) | facts, before)
     session = Session(
         modules,
         norms,
@@ -76,6 +83,7 @@ def watch(
         problem=problem,
         scaler=scaler,
         reduction=reduction,
+        earlier=before,
     )
     hooks = Hooks(session, model, modules.items(), optimizers)
     return session, hooks, path, f"{type(model).__name__}, {len(modules)} modules, {len(norms)} norms"
@@ -132,6 +140,31 @@ def _selected(model: nn.Module, layers: Layers | None) -> dict[str, nn.Module]:
             raise unknown_name("layers", want, options, "It matches no module; a glob is matched against whole paths.")
         roots |= found
     return {name: module for name, module in modules.items() if any(_below(name, root) for root in roots)}
+
+
+def _check_same(model: nn.Module, before: Earlier) -> None:
+    """Refuse to go on with a run of another model."""
+    mine = {str(Site(*_split(name))): list(p.shape) for name, p in parameters.named(model).items() if not is_lazy(p)}
+    theirs: dict[str, Any] = {
+        s: known["shape"] for s, known in before.sites.items() if known.get("class") == "Parameter"
+    }
+    lazy = any(is_lazy(p) for p in model.parameters())
+    said = f"resume=True: run {before.run!r} is of another model"
+    advice = "build the model that the run began with, or choose another folder."
+    for site, shape in theirs.items():
+        if site in mine and mine[site] != shape:
+            raise ArgumentError(f"{said}: {site} has shape {mine[site]}, in the run {shape}; {advice}")
+        if site not in mine and not lazy:
+            raise ArgumentError(f"{said}: it has no {site}, which in the run has shape {shape}; {advice}")
+    count, known = sum(map(math.prod, mine.values())), before.provenance.get("parameters")
+    began_lazy = isinstance(known, int) and sum(map(math.prod, theirs.values())) > known
+    if count != known and not began_lazy and not lazy:
+        raise ArgumentError(f"{said}: it has {count} parameters, the run {known}; {advice}")
+
+
+def _split(parameter: str) -> tuple[str, int, str]:
+    module, _, slot = parameter.rpartition(".")
+    return module, 0, slot
 
 
 def _below(name: str, root: str) -> bool:
