@@ -7,14 +7,11 @@ import shutil
 import webbrowser
 from pathlib import Path
 
-from normscope.core.errors import StoreError
+from normscope.cli.folder import one_run
 from normscope.core.reading import load
-from normscope.core.store import FILE_NAME
 from normscope.diagnostics import diagnose
 from normscope.report.table import findings_table
 from normscope.report.write import findings_json, json_beside, write_report, write_texts
-
-_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page and print the findings and the paths; with --json the findings alone."""
-    record = load(_one_run(arguments.path))
+    record = load(one_run(arguments.path))
     findings = diagnose(record)
     if arguments.json:
         return _json(findings_json(findings), arguments.out)
@@ -50,15 +47,3 @@ def _json(text: str, out: Path | None) -> int:
         write_texts({out: text})
         print(f"json  {out}")
     return 0
-
-
-def _one_run(path: Path) -> Path:
-    """Return the path of one run; a folder of runs is an error that lists them, the newest first."""
-    files = sorted(path.glob(f"*/{FILE_NAME}"), key=lambda file: file.stat().st_mtime, reverse=True)
-    if not files or (path / FILE_NAME).exists():
-        return path
-    names = [str(file.parent) for file in files]
-    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-    raise StoreError(
-        f"path={str(path)!r} is no run but a folder of {len(names)}; give one of them, newest first: {shown}."
-    )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.report.text import SYMBOLS, count, counted, printable
 
-_COLORS = {
+COLORS = {
     Verdict.FAILURE: "31;1",
     Verdict.WARNING: "33",
     Verdict.UNDECIDED: "35",
@@ -61,7 +61,7 @@ def findings_table(findings: Sequence[Finding], width: int, color: bool | None =
             below = textwrap.wrap(message, max(width, 24), initial_indent=_INDENT, subsequent_indent=_INDENT)
             text = [f"{row[0].ljust(sizes[0])}{row[1]}{place}{when}", *below]
         if painted:
-            text[0] = f"\x1b[{_COLORS[finding.verdict]}m{row[0]}\x1b[0m{text[0][len(row[0]) :]}"
+            text[0] = f"\x1b[{COLORS[finding.verdict]}m{row[0]}\x1b[0m{text[0][len(row[0]) :]}"
         lines += text
     totals = ", ".join(count(verdict, n) for verdict, n in counted(findings))
     return "\n".join([*(line.rstrip() for line in lines), "", totals])
