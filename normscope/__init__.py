@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from normscope.report import write_report
     from normscope.scope.attach import Scope, attach
     from normscope.scope.examine import examine
+    from normscope.scope.gap import Gap, gap
 
 _PACKAGES = ("gradients", "norms", "weights")
 _NAMES = {
     "ArgumentError": "normscope.core.errors",
     "Finding": "normscope.core.finding",
+    "Gap": "normscope.scope.gap",
     "NormscopeError": "normscope.core.errors",
     "Problem": "normscope.linalg.problem",
     "Record": "normscope.core.record",
@@ -37,6 +39,7 @@ _NAMES = {
     "diagonal": "normscope.linalg.trace",
     "eigenpairs": "normscope.linalg.extremal",
     "examine": "normscope.scope.examine",
+    "gap": "normscope.scope.gap",
     "layerwise": "normscope.linalg.layerwise",
     "load": "normscope.core.reading",
     "spectrum": "normscope.linalg.spectrum",
@@ -48,6 +51,7 @@ _NAMES = {
 __all__ = [
     "ArgumentError",
     "Finding",
+    "Gap",
     "NormscopeError",
     "Problem",
     "Record",
@@ -59,6 +63,7 @@ __all__ = [
     "diagonal",
     "eigenpairs",
     "examine",
+    "gap",
     "gradients",
     "layerwise",
     "load",

@@ -14,6 +14,7 @@ from normscope.core.errors import NormscopeError
 COMMANDS = (
     ("demo", "train a small network with normscope attached and write its report"),
     ("examine", "look at a model of yours as it is, nothing trained, and write its report"),
+    ("gap", "find which norm of a model costs how much at inference, and which statistics give it back"),
     ("report", "judge a run and write its page, or print its findings as JSON"),
     ("watch", "show a run in the terminal while it grows"),
     ("catalog", "list the works of the survey and what of each is here"),

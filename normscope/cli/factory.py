@@ -30,20 +30,22 @@ def reference(text: str) -> str:
 
 
 @contextmanager
-def called(text: str, returns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
+def called(text: str, returns: tuple[str, ...], optional: tuple[str, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Import and call a factory; the current folder is importable meanwhile.
 
     Args:
         text: MODULE:NAME.
         returns: names of what the factory returns, in order.
+        optional: names of what it may return after that.
 
     Yields:
-        What it returned. A factory that cannot be found or called, or that returns anything else, is an ArgumentError.
+        What it returned, None for what is optional and was not. A factory that cannot be found or called, or that
+        returns anything else, is an ArgumentError.
     """
     before = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))
     try:
-        yield _checked(text, _raising(text, "called", _found(text)), returns)
+        yield _checked(text, _raising(text, "called", _found(text)), returns, optional)
     finally:
         sys.path[:] = before
 
@@ -92,8 +94,10 @@ def _raising(text: str, done: str, call: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _checked(text: str, value: object, returns: tuple[str, ...]) -> tuple[Any, ...]:
-    if isinstance(value, (tuple, list)) and len(value) == len(returns):
-        return tuple(value)
+def _checked(text: str, value: object, returns: tuple[str, ...], optional: tuple[str, ...]) -> tuple[Any, ...]:
+    most = len(returns) + len(optional)
+    if isinstance(value, (tuple, list)) and len(returns) <= len(value) <= most:
+        return (*value, *[None] * (most - len(value)))
     got = f"{len(value)} values" if isinstance(value, (tuple, list)) else f"a value of type {type(value).__name__}"
-    raise ArgumentError(f"factory={text!r} returned {got}; it must return ({', '.join(returns)}).")
+    may = "".join(f"[, {name}" for name in optional) + "]" * len(optional)
+    raise ArgumentError(f"factory={text!r} returned {got}; it must return ({', '.join(returns)}{may}).")

@@ -49,6 +49,41 @@ def draw(figure: Figure, frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def draw_ranking(norms: pd.DataFrame, metric: str, ax: Axes | None = None, most: int = 20) -> Axes:
+    """Draw what each norm costs, the worst on top, with bars of two standard errors.
+
+    Args:
+        norms: as `normscope.metrics.gap.ranking` returns it.
+        metric: name of the metric.
+        ax: where to draw; new axes of a figure of their own by default.
+        most: so many norms at most.
+
+    Returns:
+        The axes; without artists where no norm was switched.
+    """
+    drawn = norms[norms["recovered"].notna()].head(most)
+    if ax is None:
+        ax = Canvas(figsize=(6.4, 1.4 + 0.28 * len(drawn)), layout="constrained").subplots()
+    beyond = (drawn["recovered"] > drawn["chance"]).to_numpy()
+    places, values = np.arange(len(drawn)), drawn["recovered"].to_numpy(float)
+    errors = 2 * drawn["standard_error"].fillna(0.0).to_numpy(float)
+    for which, color, name in ((beyond, CURVES[1], "beyond chance"), (~beyond, CURVES[0], "within chance")):
+        if which.any():
+            ax.errorbar(
+                values[which], places[which], xerr=errors[which], fmt="o", color=color, markersize=4, label=name
+            )
+    ax.axvline(0.0, color=REFERENCE, linewidth=1)
+    ax.set_yticks(places, drawn["norm"].astype(str).tolist(), parse_math=False)
+    ax.invert_yaxis()
+    ax.set_title("What each norm costs", fontsize="medium", loc="left")
+    ax.set_xlabel(f"{metric} recovered with this norm alone on statistics of the data", parse_math=False)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    if len(drawn):
+        ax.legend(fontsize="small", frameon=False)
+    return ax
+
+
 def _draw_cells(figure: Figure, frame: pd.DataFrame, ax: Axes) -> Axes:
     """Draw a map, the first row on top, with its scale beside it."""
     for name, part in frame.groupby(figure.columns[2], sort=False):

@@ -85,7 +85,7 @@ def _hessian(operator: Operator, seed: int) -> Iterator[tuple[Any, _Plain]]:
     problem = operator.problem
     batches = list(problem.each())
     pairs = all(isinstance(b, (tuple, list)) and all(isinstance(x, Tensor) for x in b) for b in batches)
-    plain_forward = problem.forward.__name__ == "_forward_pair"
+    plain_forward = problem.forward.__name__ == "forward_pair"
     if operator.kind != "hessian" or not pairs or not plain_forward or problem.reduction != "mean":
         raise ArgumentError(
             "engine='pyhessian' works for operator='hessian', a mean loss and batches (input, target) of tensors; "

@@ -97,12 +97,12 @@ class Problem:
         if dtype not in (None, torch.float32, torch.float64):
             raise ArgumentError(f"dtype={dtype!r} must be torch.float32, torch.float64 or None, the model's own.")
         self.model, self.loss, self.mode, self.dtype = model, loss, mode, dtype
-        self.forward: Forward = forward or _forward_pair
+        self.forward: Forward = forward or forward_pair
         self.reduction, self.distributed = reduction, distributed
         self._inner = _unwrapped(model)
         self._patterns = (parameters,) if isinstance(parameters, str) else parameters
         self._selected()
-        self.batches = _checked_batches(model, batches, held)
+        self.batches = checked_batches(model, batches, held)
         self._dropping = sum(drops(module) for module in self._inner.modules())
         self._unused: tuple[str, ...] | None = None
         self._hessian: Operator | None = None
@@ -307,7 +307,8 @@ def _samples(output: object, batch: object) -> int:
     return 1
 
 
-def _forward_pair(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+def forward_pair(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """Run a model on a batch `(input, target)`; any other form is an ArgumentError."""
     try:
         if isinstance(batch, (Tensor, Mapping)):  # these unpack, to rows and to keys
             raise TypeError
@@ -336,11 +337,27 @@ def drops(module: nn.Module) -> bool:
     return any(isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= 1 for rate in rates)
 
 
-def _checked_batches(model: nn.Module, batches: object, held: int | None) -> Iterable[Any]:
+def checked_batches(model: nn.Module, batches: object, held: int | None, argument: str = "batches") -> Iterable[Any]:
+    """Refuse what cannot be batches, and hold the first of a loader or an iterator.
+
+    Args:
+        model: its random states stay as they are.
+        batches: a list of batches, which is returned, a loader or an iterator.
+        held: how many batches are held at most; None reads a loader anew each time.
+        argument: what the user calls the batches.
+
+    Returns:
+        The batches.
+
+    Raises:
+        ArgumentError: they cannot be batches, or there is none.
+    """
     if not isinstance(batches, Iterable):
-        raise ArgumentError(f"batches={batches!r} must be a sequence of batches (input, target), or a loader of them.")
+        raise ArgumentError(
+            f"{argument}={batches!r} must be a sequence of batches (input, target), or a loader of them."
+        )
     if isinstance(batches, Tensor) or (isinstance(batches, tuple) and _is_batch(batches)):
-        raise ArgumentError("batches: got a single batch; pass a list of batches, as [(inputs, targets)].")
+        raise ArgumentError(f"{argument}: got a single batch; pass a list of batches, as [(inputs, targets)].")
     if held is not None and (isinstance(held, bool) or not isinstance(held, int) or held < 1):
         raise ArgumentError(f"held={held!r} must be a number of batches, at least 1, or None to read all anew.")
     if isinstance(batches, (list, tuple)):
@@ -348,15 +365,15 @@ def _checked_batches(model: nn.Module, batches: object, held: int | None) -> Ite
     elif held is None:
         if isinstance(batches, Iterator):
             raise ArgumentError(
-                f"batches: a {type(batches).__name__} gives its batches only once and held=None reads them for each "
-                "product; pass a list or a loader, or a number of batches to hold."
+                f"{argument}: a {type(batches).__name__} gives its batches only once and held=None reads them for "
+                "each product; pass a list or a loader, or a number of batches to hold."
             )
         return batches
     else:
         with random_states(model), generator_state(batches):  # a shuffling loader draws from generators
             found = list(islice(batches, held))
     if not found:
-        raise ArgumentError(f"batches={batches!r} is empty; pass at least one held batch (input, target).")
+        raise ArgumentError(f"{argument}={batches!r} is empty; pass at least one held batch (input, target).")
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ def recalibrate(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     *,
     estimate: str = "pooled",
+    only: str | Collection[str] | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Measure the stored statistics of norms over batches (precise batch norm), in place.
@@ -51,36 +52,79 @@ def recalibrate(
         forward: function of model and batch; by default the batch itself, its first entry for a tuple or list, or its
             entries as keywords for a mapping.
         estimate: "pooled" or "batches".
+        only: path or paths of norms to measure, as `find_norms` names them; all others keep and use what they store.
         progress: draw a bar on stderr where it takes longer than two seconds.
 
     Returns:
         The model.
 
     Raises:
-        ArgumentError: no norm stores statistics, or there is no batch; nothing has changed then.
+        ArgumentError: no norm stores statistics, only names something else, or there is no batch; nothing has changed
+            then.
 
     >>> model = recalibrate(nn.Sequential(nn.BatchNorm1d(1)), [torch.tensor([[0.0], [1.0]]), torch.tensor([[5.0]] * 2)])
     >>> model[0].running_mean, model[0].running_var
     (tensor([2.7500]), tensor([5.1875]))
     """
     require(estimate, "estimate", ESTIMATES)
-    layers = [module for module in model.modules() if _stores(module)]
+    layers = {path: module for path, module in model.named_modules() if stores(module)}
     if not layers:
         raise ArgumentError("model has no norm with running statistics; there is nothing to measure.")
-    pools = {layer: _Pool(layer, pooled=estimate == "pooled") for layer in layers}
+    chosen = layers if only is None else (only,) if isinstance(only, str) else only
+    for path in chosen:
+        require(path, "only", layers)
+    pools: dict[nn.Module, _Pool] = {layers[path]: _Pool(layers[path], pooled=estimate == "pooled") for path in chosen}
+    bar = tqdm(batches, desc="recalibrate", delay=2.0, disable=not progress)
+    _measure(model, pools, bar, forward, by_batch=True)
+    for pool in pools.values():
+        pool.store()
+    return model
+
+
+def measured_statistics(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Measure the statistics of norms over batches as `recalibrate` does, while all go on using their stored ones.
+
+    These are what each norm would store if it alone were recalibrated, with the layers before it as they are.
+
+    Args:
+        model: any module; it stays as it is.
+        batches: as for `recalibrate`.
+        forward: as for `recalibrate`.
+
+    Returns:
+        Path of a norm to its statistics by the name of the buffer, in float64; without special layers, which have rules
+        of their own, and without norms that no batch reached.
+        If nothing was measured this is an ArgumentError.
+
+    >>> measured_statistics(nn.Sequential(nn.BatchNorm1d(1)), [torch.tensor([[0.0], [1.0]])])["0"]["running_var"]
+    tensor([0.2500], dtype=torch.float64)
+    """
+    layers = {path: module for path, module in model.named_modules() if stores(module) and _measurable(module)}
+    pools = {layer: _Pool(layer, pooled=True) for layer in layers.values()}
+    _measure(model, pools, batches, forward, by_batch=False)
+    return {path: pools[layer].found() for path, layer in layers.items() if pools[layer].total}
+
+
+def _measure(
+    model: nn.Module,
+    pools: dict[nn.Module, _Pool],
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None,
+    *,
+    by_batch: bool,
+) -> None:
     saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.no_grad(), _measuring(model, pools):
-            for batch in tqdm(batches, desc="recalibrate", delay=2.0, disable=not progress):
+        with torch.no_grad(), _measuring(model, pools, by_batch):
+            for batch in batches:
                 (forward or _call)(model, batch)
     finally:
         for buffer, value in saved:
             buffer.copy_(value)
     if not any(pool.total for pool in pools.values()):
         raise ArgumentError("batches reached no norm with running statistics; pass at least one batch, not used up.")
-    for pool in pools.values():
-        pool.store()
-    return model
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -89,7 +133,18 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
-def _stores(module: nn.Module) -> bool:
+def stores(module: nn.Module) -> bool:
+    """Tell whether a module is a norm whose stored statistics can be measured anew.
+
+    Args:
+        module: any module.
+
+    Returns:
+        Whether it is.
+
+    >>> stores(nn.BatchNorm1d(1)), stores(nn.BatchNorm1d(1, track_running_stats=False))
+    (True, False)
+    """
     if isinstance(module, _NormBase):
         return module.running_mean is not None
     if isinstance(module, Norm):
@@ -98,14 +153,15 @@ def _stores(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _measuring(model: nn.Module, pools: dict[nn.Module, _Pool]) -> Iterator[None]:
-    """Run a model in evaluation mode but for the layers of the pools, which report each input; undo all of it."""
+def _measuring(model: nn.Module, pools: dict[nn.Module, _Pool], by_batch: bool) -> Iterator[None]:
+    """Run a model in evaluation mode, the layers of the pools by batch statistics or not; these report each input."""
     modes = [(module, module.training) for module in model.modules()]
+    own = {layer: layer.__dict__["forward"] for layer in pools if "forward" in layer.__dict__}
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     try:
         model.eval()
         for layer, pool in pools.items():
-            layer.train()
+            layer.train(by_batch)
             # no hook: the forward of the instance stands before that of its class
             layer.forward = pool.watch(layer.forward)
         with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
@@ -113,6 +169,7 @@ def _measuring(model: nn.Module, pools: dict[nn.Module, _Pool]) -> Iterator[None
     finally:
         for layer in pools:
             layer.__dict__.pop("forward", None)
+            layer.__dict__.update({"forward": own[layer]} if layer in own else {})
         for module, training in modes:
             module.training = training
 
@@ -129,13 +186,9 @@ class _Pool:
         self.layer, self.pooled = layer, pooled
         self.total = 0.0
         self.stats: dict[str, Tensor] = {}
+        self.measurable = _measurable(layer)
         if not self.measurable and not isinstance(getattr(layer, "momentum", None), int | float | None):
             raise ArgumentError(f"{type(layer).__name__} stores statistics by a rule of its own; it has no momentum.")
-
-    @property
-    def measurable(self) -> bool:
-        """Whether the statistics follow from the input alone."""
-        return isinstance(self.layer, _BatchNorm | Norm)
 
     def watch(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Return a forward function that takes the statistics of its input as well."""
@@ -200,11 +253,20 @@ class _Pool:
         outer = delta.unsqueeze(-1) * delta.unsqueeze(-2)
         return outer * (1 - operation.shrink) if name == "sigma" else outer
 
+    def found(self) -> dict[str, Tensor]:
+        """Return the statistics by the name of their buffer, in its shape."""
+        named = {f"running_{name}": value for name, value in self.stats.items()}
+        return {name: value.reshape(getattr(self.layer, name).shape) for name, value in named.items()}
+
     def store(self) -> None:
         """Write the statistics into the layer; one that saw no batch stays as it was."""
-        for name, value in self.stats.items():
-            buffer = getattr(self.layer, f"running_{name}")
-            buffer.copy_(value.reshape(buffer.shape))
+        for name, value in self.found().items():
+            getattr(self.layer, name).copy_(value)
+
+
+def _measurable(layer: nn.Module) -> bool:
+    """Tell whether the statistics of a layer follow from its input alone."""
+    return isinstance(layer, _BatchNorm | Norm)
 
 
 _SPREADS = ("var", "covariance", "sigma")

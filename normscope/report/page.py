@@ -62,7 +62,7 @@ def page(
     }
     script, plotly = _script(), _plotly()
     return (
-        _environment()
+        environment()
         .get_template("page.html")
         .render(
             runs=runs(record),
@@ -83,7 +83,7 @@ def page(
             facts=_json(facts),
             facts_maps=bool(explored.maps),
             data=explored.data,
-            style=_template("style.css"),
+            style=template("style.css"),
             script=script,
             plotly=plotly,
             hashes=[_digest(script), _digest(plotly.replace(_GUARD, ""))],
@@ -124,8 +124,9 @@ def _subjects(pictures: Mapping[str, Picture]) -> list[tuple[str, list[str]]]:
 
 
 @functools.cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Return the environment of every page: names of layers are escaped in it, and an unknown variable is an error."""
+    made = Environment(
         autoescape=True,
         loader=PackageLoader("normscope.report"),
         undefined=StrictUndefined,
@@ -133,9 +134,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_visible,
     )
-    environment.globals.update(SYMBOLS=SYMBOLS, count=count)
-    environment.filters.update(breakable=breakable, number=number, source=source, words=words)
-    return environment
+    made.globals.update(SYMBOLS=SYMBOLS, count=count)
+    made.filters.update(breakable=breakable, number=number, source=source, words=words)
+    return made
 
 
 def _visible(value: object) -> object:
@@ -148,13 +149,14 @@ def _json(value: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _template(name: str) -> str:
+def template(name: str) -> str:
+    """Return the text of a file among the templates."""
     return resources.files("normscope.report").joinpath(f"templates/{name}").read_text(encoding="utf-8")
 
 
 @functools.cache
 def _script() -> str:
-    parts = "\n".join(_template(name) for name in SCRIPTS)
+    parts = "\n".join(template(name) for name in SCRIPTS)
     return f'"use strict";\n(() => {{\n{parts}\n}})();\n'
 
 

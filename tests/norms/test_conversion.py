@@ -1,5 +1,6 @@
 """Conversion, folding and recalibration against torch, numpy and recorded numbers."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import nn
 
 from normscope.core.errors import ArgumentError
 from normscope.norms import Affine, Batch, Coloring, Norm, Running, Whiten, convert, find_norms, fold, recalibrate, zoo
+from normscope.norms.recalibration import measured_statistics
 
 torch.set_num_threads(1)
 
@@ -452,3 +454,32 @@ def test_recalibrate_refuses_and_restores():
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     assert model.training
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_recalibrate_only_some_norms_while_the_others_use_what_they_store():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).double().eval()
+    model[0].running_mean += 1.0
+    x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
+    inside = model[:2](x)
+    recalibrate(model, [x[:3], x[3:]], only="2")
+    torch.testing.assert_close(model[2].running_mean, inside.mean((0, 2, 3)))
+    torch.testing.assert_close(model[2].running_var, inside.var((0, 2, 3), correction=0))
+    assert model[0].running_mean.tolist() == [1.0] * 3
+
+
+def test_recalibrate_only_what_is_there():
+    with pytest.raises(ArgumentError, match="only='1' is unknown; Options: 0"):
+        recalibrate(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), [images()], only=["1"])
+
+
+def test_measured_statistics_are_those_that_each_norm_would_store_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).double().eval()
+    data = [images(), images(n=7, seed=2)]
+    found = measured_statistics(model, data)
+    for path in ("0", "2"):
+        alone = recalibrate(copy.deepcopy(model), data, only=path).get_submodule(path)
+        for name, value in found[path].items():
+            torch.testing.assert_close(getattr(alone, name), value)
+    assert all("forward" not in vars(module) for module in model)
