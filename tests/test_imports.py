@@ -90,6 +90,20 @@ def test_our_own_imports_stand_at_the_top(path):
     assert not [name for name in names if name.split(".")[0] == "normscope"]
 
 
+# what a figure's script may import of ours: the public face, a chapter's own modules, and the frame's words
+SCRIPT = ("normscope", "normscope.applications", "normscope.gradients", "normscope.norms", "normscope.weights")
+SCRIPT += ("normscope.workbench", "analyses", "analyses.claim", "analyses.style")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT.parent / "analyses").glob("*/*.py")), ids=lambda path: path.stem)
+def test_a_figure_imports_the_public_face_alone(path):
+    for name, node in imported(path):
+        if name.split(".")[0] in ("normscope", "analyses"):
+            assert name in SCRIPT or name.startswith(f"analyses.{path.parent.name}"), f"{path.name} imports {name}"
+        if name in SCRIPT and isinstance(node, ast.ImportFrom):
+            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
+
+
 def test_only_hooks_registers_hooks():
     names = ("register_forward", "register_full_backward", "register_hook", "register_step", "register_backward")
     users = [p.relative_to(ROOT).as_posix() for p in modules() if any(f".{name}" in p.read_text() for name in names)]

@@ -186,12 +186,13 @@ def transformer(
     return nn.Sequential(parts)
 
 
-def mlp(sizes: Sequence[int], norm: NormFactory | None = nn.BatchNorm1d) -> nn.Sequential:
+def mlp(sizes: Sequence[int], norm: NormFactory | None = nn.BatchNorm1d, *, bias: bool = True) -> nn.Sequential:
     """Build a perceptron with normalization before each ReLU; inputs are flattened to [N, sizes[0]].
 
     Args:
         sizes: features of the input, of each hidden layer, of the output.
         norm: normalization layer from a number of features, None for none.
+        bias: whether the hidden layers have a bias; the head always has.
 
     Returns:
         The network, with modules `flatten`, `layer1.linear`, `layer1.norm`, `layer1.relu`, ..., `head`.
@@ -206,7 +207,7 @@ def mlp(sizes: Sequence[int], norm: NormFactory | None = nn.BatchNorm1d) -> nn.S
         raise ArgumentError(f"sizes={list(sizes)} needs an input and an output at least; try [784, 64, 10].")
     parts: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for layer, (inputs, outputs) in enumerate(pairwise(sizes[:-1]), start=1):
-        members: OrderedDict[str, nn.Module] = OrderedDict(linear=nn.Linear(inputs, outputs))
+        members: OrderedDict[str, nn.Module] = OrderedDict(linear=nn.Linear(inputs, outputs, bias=bias))
         if norm is not None:
             members["norm"] = norm(outputs)
         members["relu"] = nn.ReLU(inplace=True)

@@ -92,3 +92,10 @@ def test_attention_equals_its_formula():
 def test_impossible_sizes_are_refused(build, message):
     with pytest.raises(ArgumentError, match=message):
         build()
+
+
+def test_a_perceptron_without_bias_keeps_that_of_its_head():
+    assert [name for name, _ in mlp([4, 3, 2], bias=False).named_parameters() if "bias" in name] == [
+        "layer1.norm.bias",
+        "head.bias",
+    ]
