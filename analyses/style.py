@@ -7,6 +7,7 @@ from typing import Any, Final
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from normscope.figures.palette import CURVES, REFERENCE, RULE
 
@@ -90,6 +91,20 @@ def curve(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, name: str, index: in
     (line,) = ax.plot(middle.index, middle, color=color(index), linestyle=DASHES[index % len(DASHES)], label=name)
     line.set_marker(MARKERS[index % len(MARKERS)] if points else "")
     ax.fill_between(middle.index, over.min(), over.max(), color=color(index), alpha=0.2, linewidth=0)
+
+
+def logarithmic(ax: Axes, axis: str = "y") -> None:
+    """Make an axis logarithmic with plain numbers at 1, 2 and 5, for ranges of less than two decades.
+
+    Args:
+        ax: the panel.
+        axis: "x" or "y".
+    """
+    ax.set(**{f"{axis}scale": "log"})
+    drawn = ax.xaxis if axis == "x" else ax.yaxis
+    drawn.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    drawn.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    drawn.set_minor_formatter(NullFormatter())
 
 
 def color(index: int) -> str:

