@@ -133,3 +133,14 @@ def rule(ax: Axes, y: float, name: str) -> None:
         name: name in the legend.
     """
     ax.axhline(y, color=RULE, linewidth=0.9, linestyle=":", label=name)
+
+
+def limit(ax: Axes, x: float, name: str) -> None:
+    """Draw a vertical limit in red, named in the legend.
+
+    Args:
+        ax: the panel.
+        x: where the line stands.
+        name: name in the legend.
+    """
+    ax.axvline(x, color=RULE, linewidth=0.9, linestyle=":", label=name)
