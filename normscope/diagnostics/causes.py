@@ -48,7 +48,14 @@ CONDITIONING = (
     "conditioning.rank-collapse",
 )
 BROKEN = ("run.diverged", "propagation.non-finite", "run.skipped-steps")
-SILENT = ("propagation.dead-units", "propagation.eps-dominates", "propagation.gradient-vanishing", *STATISTICS)
+SILENT = (
+    "propagation.dead-units",
+    "propagation.eps-dominates",
+    "propagation.gradient-vanishing",
+    "training.untrained",
+    "scale.invariance",
+    *STATISTICS,
+)
 INFLATED = (
     "propagation.signal-exploding",
     "propagation.gradient-exploding",
@@ -65,15 +72,17 @@ LONG_STEPS = ("training.learning-rate", *INFLATED, *BROKEN, *SILENT, *CONDITIONI
 CAUSES: tuple[Cause, ...] = (
     Cause("training.uncleared-gradients", LONG_STEPS),
     Cause("training.input-scale", ("training.initial-loss", *LONG_STEPS)),
-    Cause("structure.few-values", (*SILENT, *CONDITIONING, "scale.invariance", "training.learning-rate")),
+    Cause("structure.eps", ("propagation.eps-dominates",)),
+    Cause("training.stuck-weights", ("optimizer.decay-lost", "optimizer.gains-stuck", "training.learning-rate")),
+    Cause("structure.few-values", (*SILENT, *CONDITIONING, "training.learning-rate")),
+    Cause("noise.batches-not-random", ("noise.small-batch", *STATISTICS)),
+    Cause("noise.whitening-batch", ("noise.small-batch", *STATISTICS, *LONG_STEPS)),
+    Cause("noise.small-batch", (*STATISTICS, *LONG_STEPS)),
     Cause("propagation.signal-exploding", ("training.initial-loss", *LONG_STEPS), _over_depth),
     Cause("propagation.gradient-exploding", ("training.initial-loss", *LONG_STEPS), _over_depth),
     Cause("propagation.signal-vanishing", ("training.learning-rate", *SILENT, *CONDITIONING), _over_depth),
     Cause("propagation.gradient-vanishing", ("training.learning-rate", *CONDITIONING), _over_depth),
     Cause("propagation.saturated-units", ("training.initial-loss", "propagation.gradient-vanishing", *CONDITIONING)),
-    Cause("noise.batches-not-random", ("noise.small-batch", *STATISTICS)),
-    Cause("noise.whitening-batch", ("noise.small-batch", *STATISTICS, *LONG_STEPS)),
-    Cause("noise.small-batch", (*STATISTICS, *LONG_STEPS)),
     Cause("mismatch.evaluation-mode", STATISTICS),
     Cause("mismatch.never-updated", STATISTICS),
     Cause("structure.shared-norm", STATISTICS, _told),
@@ -116,7 +125,8 @@ def grouped(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def _can_follow(finding: Finding, cause: Finding) -> bool:
-    if finding.verdict not in TOLD or finding.id == cause.id:
+    unclear = finding.verdict is Verdict.UNDECIDED and finding.id in (*BROKEN, *STATISTICS)
+    if not (finding.verdict in TOLD or unclear) or finding.id == cause.id:
         return False
     known = finding.step is not None and cause.step is not None
     return not (known and finding.id in _EXACT and cause.step > finding.step)  # type: ignore[operator]  # both known
@@ -129,5 +139,5 @@ def _following(finding: Finding, root: Finding) -> Finding:
         finding,
         follows=root.id,
         cause=f"Most likely follows from {root.id}{where}.{own}",
-        remedy=f"Mend {root.id} first. {finding.remedy}".rstrip(),
+        remedy=finding.remedy if root.id in finding.remedy else f"Mend {root.id} first. {finding.remedy}".rstrip(),
     )

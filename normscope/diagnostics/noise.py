@@ -214,13 +214,15 @@ def gradient_noise(record: Record) -> list[Finding]:
     evidence: Evidence = {"noise_scale_at_least": value, "batch": batch}
     if known:
         evidence = {"noise_scale": value, "standard_error": scale.standard_error, "batch": batch}
-    if known and not scale.standard_error <= value / 2:  # it says no more than the order of magnitude
+    vague = known and not scale.standard_error <= value / 2  # it says no more than the order of magnitude
+    near = value * APART >= batch and value + 2 * scale.standard_error <= APART * batch
+    if vague and not near:
         return GRADIENT_NOISE.undecided(
             f"{said}, but the standard error of {scale.standard_error:.2g} is beyond half of it.",
             "Hold more samples, or batches, in problem=, or train on: the signal is what is hard to see.",
             evidence=evidence,
         )
-    if known and value * APART < batch:
+    if known and not vague and value * APART < batch:
         return GRADIENT_NOISE.found(
             Verdict.NOTE,
             f"{said}.",
@@ -229,7 +231,7 @@ def gradient_noise(record: Record) -> list[Finding]:
             remedy=f"A batch of about {max(value, 1):.0f} trains as well a step, at a fraction of the cost; with "
             "BatchNorm no smaller than its own noise allows, see noise.small-batch.",
         )
-    if value > APART * batch:
+    if not vague and value > APART * batch:
         return GRADIENT_NOISE.found(
             Verdict.NOTE,
             f"{said}.",

@@ -439,23 +439,25 @@ def _no_decay(none: pd.DataFrame, weights: int) -> list[Finding]:
 def _weak_decay(weak: pd.DataFrame, weights: int) -> list[Finding]:
     top = weak.iloc[0]
     hint = float(top["decay"] / top["consumed"]) if top["consumed"] > 0 else np.nan
-    near = hint <= NEAR * float(top["decay"])
-    acts = f"within a run of this length a weight_decay near {hint:.2g} would act" if near else "the run is too short"
-    return DECAY.found(
-        Verdict.NOTE,
+    said = (
         f"{weak.index[0]}: decay has not acted in {top['steps']:.0f} steps, {top['exposure']:.2g} time constants "
         f"(threshold {LASTED:g}): its norm grows {top['balance']:.2g} times as fast as it decays; {len(weak)} of "
-        f"{weights} scale-invariant weights; {acts}.",
+        f"{weights} scale-invariant weights"
+    )
+    evidence = _numbers(
+        balance=top["balance"],
+        exposure=top["exposure"],
+        decay=top["decay"],
+        decay_that_acts=hint,
+        weights=len(weak),
+    )
+    if not hint <= NEAR * float(top["decay"]):  # no setting that is near would change anything
+        return DECAY.ok(f"{said}; the run is too short for it to matter.", evidence)
+    return DECAY.found(
+        Verdict.NOTE,
+        f"{said}; within a run of this length a weight_decay near {hint:.2g} would act.",
         sites=[str(name) for name in weak.index],
-        evidence=_numbers(
-            balance=top["balance"],
-            exposure=top["exposure"],
-            decay=top["decay"],
-            decay_that_acts=hint,
-            weights=len(weak),
-        ),
+        evidence=evidence,
         remedy=f"In a longer run nothing need be done. For a run of this length set weight_decay near {hint:.2g} (that "
-        "makes the sum of learning rate times decay 1), or lower the learning rate by a schedule."
-        if near
-        else "Nothing in a longer run; in one of this length decay makes no difference.",
+        "makes the sum of learning rate times decay 1), or lower the learning rate by a schedule.",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
@@ -11,6 +13,8 @@ from matplotlib.figure import Figure as Canvas
 from normscope.core.figure import Figure
 from normscope.figures.frames import logarithmic
 from normscope.figures.palette import CURVES, REFERENCE, RULE
+
+FLOOR = 1e-10  # of the density; below, nothing is drawn
 
 
 def draw(figure: Figure, frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -111,3 +115,40 @@ def _dress(ax: Axes, figure: Figure, handles: dict[str, Artist], log: bool) -> N
         for text, name in zip(legend.get_texts(), handles, strict=True):
             text.set_text(name)
             text.set_parse_math(False)
+
+
+class Density(Protocol):
+    """What `normscope.spectrum` returns, as far as it is drawn."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the nodes are all eigenvalues."""
+
+    def grid(self, points: int = ...) -> np.ndarray:
+        """Return points over all of the spectrum."""
+
+    def density(self) -> np.ndarray:
+        """Return the density at the points of `grid()`."""
+
+
+def draw_spectrum(found: Density, ax: Axes | None = None, *, name: str = "curvature") -> Axes:
+    """Draw the density of eigenvalues.
+
+    Args:
+        found: what `normscope.spectrum(problem)` returned.
+        ax: where to draw; new axes of a figure of their own by default, to be saved by `ax.figure.savefig(path)`.
+        name: what the eigenvalues are of, as "Hessian" or "Fisher".
+
+    Returns:
+        The axes.
+    """
+    if ax is None:
+        ax = Canvas(figsize=(6.4, 3.6), layout="constrained").subplots()
+    points, values = found.grid(), found.density()
+    ax.semilogy(points, np.maximum(values, FLOOR), color=CURVES[0], linewidth=1.2)
+    ax.fill_between(points, FLOOR, np.maximum(values, FLOOR), color=CURVES[0], alpha=0.15, linewidth=0)
+    ax.axvline(0.0, color=RULE, linestyle=":", linewidth=1)
+    ax.set_ylim(FLOOR, 3 * float(values.max()))
+    ax.set_xlabel(rf"eigenvalue $\lambda$ of the {name}")
+    ax.set_ylabel(r"density $\phi(\lambda)$" + (", exact" if found.exact else ", by Lanczos quadrature"))
+    return ax

@@ -89,7 +89,7 @@ def _sorted(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches
         inputs, targets = (torch.cat(part) for part in zip(*pool, strict=True))
         order = targets.argsort(stable=True)
         size = len(pool[0][0])
-        chunks = order.split(size)
+        chunks = torch.split(order, size)
         for place in torch.randperm(len(chunks), generator=torch.Generator().manual_seed(0)).tolist():
             yield inputs[chunks[place]], targets[chunks[place]]
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure as Canvas
 
 from normscope.core.figure import Figure
 from normscope.figures import FIGURES
-from normscope.figures.draw import draw
+from normscope.figures.draw import FLOOR, draw, draw_spectrum
 from normscope.figures.palette import CURVES, REFERENCE, RULE
 from tests.report.records import Run, findings_of
 
@@ -78,3 +78,25 @@ def test_every_figure_can_be_drawn_and_saved(figure, tmp_path):
     for line, name in zip(ax.get_lines(), [n for n in names if n not in figure.rules], strict=True):
         part = frame[frame[figure.columns[2]] == name]
         assert line.get_ydata() == pytest.approx(part[figure.columns[1]].to_numpy(float), nan_ok=True)
+
+
+class Gaussian:
+    exact = True
+
+    def grid(self, points=1000):
+        return np.linspace(-5, 20, points)
+
+    def density(self):
+        return np.exp(-0.5 * self.grid() ** 2) / np.sqrt(2 * np.pi)
+
+
+def test_a_spectrum_is_drawn_on_a_logarithmic_axis_down_to_a_floor():
+    ax = draw_spectrum(Gaussian(), name="Hessian")
+    (line, zero) = ax.get_lines()
+    x, y = line.get_data()
+    assert ax.get_yscale() == "log"
+    assert x == pytest.approx(Gaussian().grid())
+    assert y == pytest.approx(np.maximum(Gaussian().density(), FLOOR))
+    assert set(zero.get_xdata()) == {0.0}
+    assert "Hessian" in ax.get_xlabel()
+    assert "exact" in ax.get_ylabel()

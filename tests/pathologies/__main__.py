@@ -90,7 +90,7 @@ def _text(found: Sequence[Result], whole: dict[str, object]) -> str:
     broken, healthy = [r for r in found if r.expected], [r for r in found if not r.expected]
     lines = [
         f"recall        {whole['recall']:.1%} of {len(broken)} broken runs: right finding and site, at most 3 before",
-        f"precision     {whole['precision']:.1%} of the warnings of broken runs name the defect",
+        f"precision     {whole['precision']:.1%} of the warnings of broken runs name the defect or are grouped with it",
         f"false alarms  {whole['false_alarms']} in {len(healthy)} healthy runs",
         "",
         "per subject of the defect",
@@ -102,6 +102,11 @@ def _text(found: Sequence[Result], whole: dict[str, object]) -> str:
     lines += ["", "confusion: the defect's finding, and what stands first in the report"]
     table = Counter((r.expected[0], r.found[0] if r.found else NORMALIZATION) for r in broken)
     lines += [f"  {expected:34} {first:34} {n}" for (expected, first), n in sorted(table.items())]
+    stray = Counter(alarm for r in broken for alarm in r.stray)
+    lines += ["", "warnings that belong to no defect:"] if stray else []
+    lines += [
+        f"  {alarm:34} {n}  {', '.join(r.case for r in broken if alarm in r.stray)}" for alarm, n in stray.items()
+    ]
     missed = [r for r in found if not r.ok]
     lines += ["", "not ok:"] if missed else ["", "all as expected"]
     lines += [

@@ -27,6 +27,7 @@ class Result:
         site: the site that the right finding names first.
         ok: whether it is found, its site right and its rank at most `MOST_BEFORE`; of a healthy run, no warning.
         alarms: ids of failures and warnings.
+        stray: those that neither name the defect nor follow from what names it.
     """
 
     case: str
@@ -37,6 +38,7 @@ class Result:
     site: str
     ok: bool
     alarms: tuple[str, ...]
+    stray: tuple[str, ...]
 
 
 def judge(case: Case, findings: Sequence[Finding]) -> Result:
@@ -49,22 +51,23 @@ def judge(case: Case, findings: Sequence[Finding]) -> Result:
     rank, first = right[0] if right else (None, None)
     ok = not alarms if not case.expect else rank is not None and rank <= MOST_BEFORE
     found = tuple(f.id for f in shown if f.verdict in FOUND)
-    return Result(case.name, case.family, case.expect, found, rank, first.site if first else "", ok, alarms)
+    named = {*case.expect} | {f.follows for f in shown if f.id in case.expect}
+    stray = tuple(f.id for f in shown if f.verdict in ALARMS and f.id not in named and f.follows not in named - {""})
+    return Result(case.name, case.family, case.expect, found, rank, first.site if first else "", ok, alarms, stray)
 
 
 def summary(found: Sequence[Result]) -> dict[str, object]:
     """Return recall, precision and false alarms.
 
     Recall is over broken runs, right id, right site, high enough; precision over the warnings of broken runs, the share
-    whose id is an expected one, or that follow from it; false alarms are warnings of healthy runs.
+    that name the defect or are grouped under the same cause; false alarms are warnings of healthy runs.
     """
     broken = [r for r in found if r.expected]
     healthy = [r for r in found if not r.expected]
-    alarms = [(r, alarm) for r in broken for alarm in r.alarms]
-    right = [alarm for r, alarm in alarms if alarm in r.expected]
+    alarms, stray = (sum(map(len, part)) for part in ([r.alarms for r in broken], [r.stray for r in broken]))
     return {
         "recall": sum(r.ok for r in broken) / max(len(broken), 1),
-        "precision": len(right) / max(len(alarms), 1),
+        "precision": 1 - stray / max(alarms, 1),
         "false_alarms": sum(len(r.alarms) for r in healthy),
         "cases": [asdict(r) for r in found],
     }
