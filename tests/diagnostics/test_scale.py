@@ -136,10 +136,11 @@ def test_decay_of_adam_and_of_an_unknown_optimizer():
 
 
 def test_decay_that_never_acted_comes_with_one_that_would():
-    found = only(scale.decay(run(sgd(0.1, momentum=0.9, weight_decay=1e-4))))
-    assert found.verdict is NOTE
-    assert found.evidence["balance"] > 2
-    assert found.evidence["decay_that_acts"] == pytest.approx(0.1 / (0.1 * 60), rel=1e-6)  # (1 - a) / (eta T)
+    near, far = (only(scale.decay(run(sgd(0.1, momentum=0.9, weight_decay=d)))) for d in (3e-3, 1e-4))
+    assert (near.verdict, far.verdict) == (NOTE, OK)  # a hundredfold decay is no advice for a run so short
+    for found in (near, far):
+        assert found.evidence["balance"] > 1.25
+        assert found.evidence["decay_that_acts"] == pytest.approx(0.1 / (0.1 * 60), rel=1e-6)  # (1 - a) / (eta T)
 
 
 def test_growth_without_decay_is_a_note_and_little_growth_none():
