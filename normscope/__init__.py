@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from normscope import gradients, norms, weights
+    from normscope import applications, gradients, norms, weights
     from normscope.core.errors import ArgumentError, NormscopeError, StoreError
     from normscope.core.finding import Finding, Verdict
     from normscope.core.reading import load
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from normscope.scope.examine import examine
     from normscope.scope.gap import Gap, gap
 
-_PACKAGES = ("gradients", "norms", "weights")
+_PACKAGES = ("applications", "gradients", "norms", "weights")
 _NAMES = {
     "ArgumentError": "normscope.core.errors",
     "Finding": "normscope.core.finding",
@@ -58,6 +58,7 @@ __all__ = [
     "Scope",
     "StoreError",
     "Verdict",
+    "applications",
     "attach",
     "diagnose",
     "diagonal",

@@ -56,6 +56,12 @@ _ARXIV = "https://arxiv.org/abs/"
 
 FURTHER: tuple[Source, ...] = (
     Source(
+        "gatys2016",
+        "Image Style Transfer Using Convolutional Neural Networks",
+        2016,
+        "https://doi.org/10.1109/CVPR.2016.265",
+    ),
+    Source(
         "lanczos1950",
         "An iteration method for the solution of the eigenvalue problem of linear differential and integral operators",
         1950,

@@ -168,6 +168,16 @@ PROVIDED: dict[str, str] = {
     "regularizer:biggan-orthogonal": "normscope.weights.penalties:biggan",
     "regularizer:instance-selective-whitening": "normscope.weights.features:instance_whitening",
     "regularizer:bn-statistics-matching": "normscope.weights.features:statistics_matching",
+    "app:prediction-time-batch": "normscope.applications.adaptation:prediction_time",
+    "app:adabn": "normscope.applications.adaptation:adabn",
+    "app:covariate-shift-mixing": "normscope.applications.adaptation:MixedNorm",
+    "app:corruption-rectification": "normscope.applications.adaptation:adabn",
+    "app:tent": "normscope.applications.adaptation:Tent",
+    "app:adain-style": "normscope.applications.style:adain",
+    "app:wct-style": "normscope.applications.style:wct",
+    "app:network-slimming": "normscope.applications.compression:prune",
+    "app:eagleeye": "normscope.applications.compression:eagle_eye",
+    "app:batch-recalibration": "normscope.norms:recalibrate",
 }
 
 
