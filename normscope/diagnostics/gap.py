@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from normscope.core.estimate import Estimate
+from normscope.core.estimate import Estimate, Status
 from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.diagnostics.rule import Rule
 from normscope.diagnostics.words import count
@@ -71,6 +71,15 @@ ALONE = Rule(
     cause="Its stored statistics do not describe its input.",
     remedy="Recalibrate it: normscope.norms.recalibrate(model, batches).",
 )
+BROKEN = Rule(
+    id="mismatch.broken-statistics",
+    threshold=0.0,
+    threshold_source="identity: a mean is finite, a variance finite and not negative",
+    source="ioffe2015",
+    cause="A forward pass in training mode over NaN or infinity, as after an overflow in half precision, or a damaged "
+    "checkpoint; one such batch stays in a running average forever.",
+    remedy="normscope.norms.recalibrate(model, train_batches) takes the statistics anew.",
+)
 FROZEN = Rule(
     id="mismatch.frozen-norms",
     threshold=None,
@@ -89,9 +98,10 @@ def judge(measured: Measurements) -> list[Finding]:
 
     Returns:
         Findings, worst first: one each of stored statistics, target shift, batch statistics and mode, one of the norms
-        by themselves, and one of norms that no mode switches where there are any.
+        by themselves, and where there are any, one of norms with numbers that cannot be and of those that no mode
+        switches.
     """
-    judges = (_stored, _shift, _batches, _mode, _alone, _frozen)
+    judges = (_stored, _shift, _batches, _mode, _alone, _broken, _frozen)
     return worst_first(finding for one in judges for finding in one(measured))
 
 
@@ -102,7 +112,19 @@ def _stored(m: Measurements) -> list[Finding]:
         why = m.missing.get(TRAINING, "no training batches were given")
         return STORED.undecided(f"The stored statistics were not compared with those of training data: {why}.", _PASS)
     said = f"recalibrated on training data, {_pair(m, TRAINING, RUNNING)}"
-    return _verdict(STORED, m, gain, said, cause=_why(m), sites=_blamed(m))
+    found = _verdict(STORED, m, gain, said, cause=_why(m), sites=_blamed(m))
+    stale = _stale(m)
+    if found[0].verdict is not Verdict.OK or not stale:
+        return found
+    column = "kl" if m.data == "training" else "kl_train"
+    return STORED.found(
+        Verdict.NOTE,
+        f"At {len(stale)} of {count(len(m.norms), 'norm')} the stored statistics lie further from those of training "
+        f"data than sampling explains (worst {stale[0]}: {m.norm(stale[0])[column]:.2g} nats), yet {said}{_paired(gain)}.",
+        sites=stale[:_KEPT],
+        evidence=_evidence(m, gain) | {"kl": float(m.norm(stale[0])[column])},
+        cause=reason(m.norm(stale[0]))[0],
+    )
 
 
 def _shift(m: Measurements) -> list[Finding]:
@@ -201,7 +223,7 @@ def _alone(m: Measurements) -> list[Finding]:
         "channels_beyond": float(divergent["beyond"]),
     }
     if not gain.usable:
-        return ALONE.undecided(f"{said}: {gain.status.value}.", _MORE, evidence=evidence)
+        return ALONE.undecided(f"{said}: {gain.status.value}.", _help(gain), evidence=evidence)
     rule = replace(ALONE, threshold=_limit(m, gain, k))
     if not _costs(m, gain, k):
         return rule.ok(f"No norm by itself recovers more than {_limit(m, gain, k):.2g} ({of}).", evidence)
@@ -220,6 +242,21 @@ def _alone(m: Measurements) -> list[Finding]:
         evidence=evidence | {"norms_beyond": len(sites)},
         cause=cause,
         remedy=remedy,
+    )
+
+
+def _broken(m: Measurements) -> list[Finding]:
+    """Say which norms store numbers that cannot be."""
+    broken = m.norms[m.norms["broken"] > 0]
+    if not len(broken):
+        return []
+    top = str(broken.index[0])
+    return BROKEN.found(
+        Verdict.FAILURE,
+        f"{top or 'the model'}: {m.norm(top)['broken']} of its stored numbers are NaN, infinite or negative variances; "
+        f"so at {len(broken)} of {count(len(m.norms), 'norm')}.",
+        sites=[str(path) for path in broken.index][:_KEPT],
+        evidence={"broken": int(m.norm(top)["broken"]), "norms": len(broken)},
     )
 
 
@@ -284,7 +321,13 @@ def reason(norm: Mapping[str, Any]) -> tuple[str, str]:
 _PASS = "Pass train_batches: batches of the data that the model was trained on."
 _TARGET = "Pass target_batches: batches of the data that the model serves, with what the metric needs."
 _BATCHES = "Pass batches of at least two samples."
-_MORE = "Pass more batches, or a metric that returns one number a sample."
+
+
+def _help(gain: Estimate) -> str:
+    """Say what to pass where a difference cannot be judged."""
+    if gain.status is Status.NON_FINITE:
+        return "Let the metric be finite: leave out samples that have none, or see mismatch.broken-statistics first."
+    return "Pass more batches, or a metric that returns one number a sample."
 
 
 def _verdict(
@@ -292,7 +335,7 @@ def _verdict(
 ) -> list[Finding]:
     """Conclude from one row against another."""
     if not gain.usable:
-        return rule.undecided(f"{_capital(said)}: {gain.status.value}.", _MORE, evidence=_evidence(m, gain))
+        return rule.undecided(f"{_capital(said)}: {gain.status.value}.", _help(gain), evidence=_evidence(m, gain))
     rule = replace(rule, threshold=_limit(m, gain, len(m.rows) - 1))
     text = f"{_capital(said)}{_paired(gain)} (threshold {rule.threshold:.2g})"
     if not _costs(m, gain, len(m.rows) - 1):
@@ -325,6 +368,17 @@ def _blamed(m: Measurements) -> list[str]:
     """Return the norms that cost more than chance explains, the worst first."""
     gains = m.gains()
     return [path for path, gain in gains.items() if _costs(m, gain, len(gains))][:_KEPT]
+
+
+def _stale(m: Measurements) -> list[str]:
+    """Return the norms whose stored statistics are away from training data, the worst first."""
+    norms = m.norms
+    if m.data == "training":
+        column, which = "kl", norms["beyond"] > 0.5
+    else:
+        column = "kl_train"
+        which = norms[column] > np.fmax(metrics.NATS, metrics.RATIO * norms["kl_expected"])
+    return [str(path) for path in norms[which].sort_values(column, ascending=False, kind="stable").index]
 
 
 def _away(m: Measurements) -> list[str]:

@@ -25,7 +25,7 @@ TRAINING = "training data"
 TARGET = "target data"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
     """A metric of one pass over the data.
 
@@ -38,7 +38,7 @@ class Measured:
     parts: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measurements:
     """All that was measured of a model; tables and findings follow from it.
 
@@ -54,8 +54,9 @@ class Measurements:
         missing: why a row could not be measured, by its name.
         alone: the metric with one norm switched to statistics of the data, by the norm's path.
         norms: by path: class, channels, momentum, updates, initial (whether the statistics are still those that a new
-            layer has), `summary` of the divergence of the data from the stored statistics, and kl_train, that of the
-            training data in the median channel where the data are others.
+            layer has), broken (how many stored numbers are NaN, infinite or negative variances), `summary` of the
+            divergence of the data from the stored statistics, and kl_train, that of the training data in the median
+            channel where the data are others.
         training: paths of norms that were in training mode when the model was handed over.
         dropping: number of modules that drop at random and were in training mode then.
         frozen: path to class of norms whose statistics no mode switches.

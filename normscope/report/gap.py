@@ -191,19 +191,24 @@ def _row(row: Mapping[Hashable, Any]) -> dict[str, str]:
     return {"statistics": words, "metric": metric, "recovered": recovered, "caveat": str(row["caveat"])}
 
 
+def _known(value: Any) -> str:
+    """Write a number of a norm, and a dash where there is none."""
+    return "–" if math.isnan(value) else number(float(f"{value:.3g}"))
+
+
 def _norm(row: Mapping[Hashable, Any]) -> dict[str, str]:
     return {
         "norm": str(row["norm"]) or "(the model)",
         "class": str(row["class"]),
         "channels": number(row["channels"]),
         "recovered": _signed(float(row["recovered"]), float(row["standard_error"])),
-        "kl": number(float(row["kl"])),
-        "kl_max": number(float(row["kl_max"])),
-        "kl_train": number(float(row["kl_train"])),
-        "kl_expected": number(float(row["kl_expected"])),
+        "kl": _known(row["kl"]),
+        "kl_max": _known(row["kl_max"]),
+        "kl_train": _known(row["kl_train"]),
+        "kl_expected": _known(row["kl_expected"]),
         "beyond": "–" if math.isnan(float(row["beyond"])) else f"{float(row['beyond']):.0%}",
-        "momentum": number(float(row["momentum"])),
-        "updates": number(float(row["updates"])),
+        "momentum": _known(row["momentum"]),
+        "updates": _known(row["updates"]),
     }
 
 

@@ -41,7 +41,7 @@ _INITIAL = {"running_mean": 0.0, "running_var": 1.0}
 Metric = Callable[[nn.Module, Sequence[Any]], Any]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Gap:
     """What the statistics of norms cost at inference: two tables and what follows from them.
 
@@ -424,11 +424,18 @@ def _described(
             "class": type(layer).__name__,
             "channels": int(getattr(layer, "num_features", 0) or 0),
         }
-        row |= {"momentum": momentum, "updates": tracked, "initial": initial}
+        row |= {"momentum": momentum, "updates": tracked, "initial": initial, "broken": _broken(layer)}
         row |= metrics.summary(_divergence(layer, statistics.get(path, {})), expected)
         trained = _divergence(layer, own.get(path, {}))
         rows.append(row | {"kl_train": float(np.nanmedian(trained)) if len(trained) else math.nan})
     return pd.DataFrame(rows, index=pd.Index(list(layers), name="norm"))
+
+
+def _broken(layer: nn.Module) -> int:
+    """Return the number of stored numbers that are NaN, infinite or negative variances."""
+    held = {name: buffer for name, buffer in layer.named_buffers(recurse=False) if name.startswith("running_")}
+    bad = sum(int((~buffer.isfinite()).sum()) for buffer in held.values())
+    return bad + int((held["running_var"] < 0).sum() if "running_var" in held else 0)
 
 
 def _divergence(layer: nn.Module, statistics: Mapping[str, Tensor]) -> np.ndarray:

@@ -74,6 +74,13 @@ CASES = {
         UNDECIDED,
         "two samples",
     ),
+    "never updated, to no avail": (
+        of({}, edit={("b", "kl_train"): 0.7, ("b", "initial"): True}),
+        "stored-statistics",
+        NOTE,
+        "recalibrate.model, train",
+    ),
+    "broken": (of({}, edit={("b", "broken"): 3}), "broken-statistics", FAILURE, "takes the statistics anew"),
     "frozen": (of({}, frozen={"c": "FrozenBatchNorm2d"}), "frozen-norms", UNDECIDED, "nn.BatchNorm2d"),
 }
 

@@ -26,6 +26,7 @@ def measurements(rows, alone=None, sign=1.0, data="target", **options):
         "momentum": 0.1,
         "updates": 1000.0,
         "initial": False,
+        "broken": 0,
         "kl": 0.001,
         "kl_max": 0.002,
         "kl_expected": 0.001,

@@ -295,6 +295,22 @@ def test_frozen_norms_are_named_and_the_others_ranked():
     assert verdicts(found)["frozen-norms"] == "undecided"
 
 
+def test_statistics_that_are_not_numbers_are_a_failure_and_recalibration_is_finite():
+    model = used().eval()
+    model[1].running_var[2] = float("nan")
+    model[1].running_var[3] = -1.0
+
+    def metric(model, data):
+        return [float(value) for x, _ in data for value in model(x).square().sum(1)]
+
+    found = ns.gap(model, DATA, metric=metric)
+    broken = next(f for f in found.findings if f.verdict.value == "failure")
+    assert broken.message == "1: 2 of its stored numbers are NaN, infinite or negative variances; so at 1 of 1 norm."
+    assert rows(found)["metric"].isna().tolist() == [True, False, False]
+    assert verdicts(found)["stored-statistics"] == "undecided"
+    assert "see mismatch.broken-statistics first" in " ".join(repr(found).split())
+
+
 def test_at_most_so_many_norms_are_switched_the_most_divergent_first(digits, trained):
     found = ns.gap(corrupted(trained, "4"), None, batches(digits[1])[:2], max_norms=1).norms
     assert found["recovered"].notna().tolist() == [True, False, False]
