@@ -33,6 +33,11 @@ class Scope:
         self._closed = False
         atexit.register(self.close)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._closed
+
     def step(self, loss: Any = None, grad_norm: Any = None, batch: int | None = None) -> None:
         """Tell what normscope cannot see; optional. Call it before or after the optimizer's step.
 
@@ -205,8 +210,17 @@ def _number(argument: str, value: Any) -> Any:
     raise ArgumentError(f"{argument}={value!r} must be a number or a tensor of one element, or None.")
 
 
+def _inner(optimizer: Any) -> Any:
+    """Return the optimizer behind a wrapper without step hooks of its own, as those of Accelerate and Lightning."""
+    inner, hooks = getattr(optimizer, "optimizer", None), "_optimizer_step_pre_hooks"
+    if isinstance(inner, torch.optim.Optimizer) and hasattr(inner, hooks):
+        theirs = getattr(inner, hooks)
+        return _inner(inner) if getattr(optimizer, hooks, theirs) is theirs else optimizer
+    return optimizer
+
+
 def _checked_optimizers(model: nn.Module, optimizer: object) -> tuple[torch.optim.Optimizer, ...]:
-    optimizers = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
+    optimizers = tuple(map(_inner, optimizer if isinstance(optimizer, (list, tuple)) else (optimizer,)))
     if not optimizers:
         raise ArgumentError("optimizer=() is empty; pass the optimizer, or all that step together.")
     if len({id(item) for item in optimizers}) < len(optimizers):

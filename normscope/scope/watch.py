@@ -90,9 +90,25 @@ def watch(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module behind torch.compile's wrapper, whose names and hooks are the user's."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
+    """Return the module behind the wrappers of torch.compile and of data parallelism: its names are the user's.
+
+    Args:
+        model: a module, wrapped or not.
+
+    Returns:
+        The innermost of them, which runs as itself.
+
+    Raises:
+        ArgumentError: if it runs as copies instead.
+    """
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ArgumentError(
+            f"model=DataParallel runs a copy of the model on each of {len(model.device_ids)} devices, and copies carry "
+            "no hooks; use torch.nn.parallel.DistributedDataParallel, a process a device, and attach in the first."
+        )
+    wraps = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    inner = model.module if wraps else getattr(model, "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def _check_reduction(reduction: str) -> None:
