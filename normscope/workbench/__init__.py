@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from normscope.workbench.breaks import BREAKS
+from normscope.workbench.corruptions import CORRUPTIONS, corrupt
 from normscope.workbench.data import batches, mnist, split, text, windows
 from normscope.workbench.models import mlp, residual_cnn, transformer
 from normscope.workbench.train import accuracy, cross_entropy, evaluate, fit
 
 __all__ = [
     "BREAKS",
+    "CORRUPTIONS",
     "accuracy",
     "batches",
+    "corrupt",
     "cross_entropy",
     "evaluate",
     "fit",
