@@ -6,6 +6,7 @@ from normscope.norms import checks
 from normscope.norms.area import Batch, BatchGroup, Group, Instance, InstanceGroup, Layer, Position
 from normscope.norms.conversion import convert
 from normscope.norms.folding import fold
+from normscope.norms.inspection import Inspection, inspect
 from normscope.norms.layer import Norm, Normalization
 from normscope.norms.operation import L1, RMS, Center, Identity, Lp, Scale, Standardize, TopK
 from normscope.norms.part import Traits
@@ -33,6 +34,7 @@ __all__ = [
     "Current",
     "Group",
     "Identity",
+    "Inspection",
     "Instance",
     "InstanceGroup",
     "Layer",
@@ -55,6 +57,7 @@ __all__ = [
     "declare_norm",
     "find_norms",
     "fold",
+    "inspect",
     "recalibrate",
     "recognize",
     "zoo",
