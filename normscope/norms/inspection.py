@@ -114,14 +114,19 @@ def inspect(
     """
     with torch.random.fork_rng(devices=[]):
         made = factory(num_features)
-    if not isinstance(made, nn.Module):
-        raise ArgumentError(f"factory={brief(factory)} made {brief(made)}; it must make a torch.nn.Module.")
-    if shape is not None and num_features not in shape[1:]:
-        raise ArgumentError(
-            f"shape={shape!r} has no axis of num_features={num_features}; try (6, {num_features}, 4, 5)."
-        )
+        if not isinstance(made, nn.Module):
+            raise ArgumentError(f"factory={brief(factory)} made {brief(made)}; it must make a torch.nn.Module.")
+        if shape is not None and num_features not in shape[1:]:
+            raise ArgumentError(
+                f"shape={shape!r} has no axis of num_features={num_features}; try (6, {num_features}, 4, 5)."
+            )
+        return _inspection(factory, type(made).__name__, num_features, shape)
+
+
+def _inspection(
+    factory: Callable[[int], nn.Module], name: str, num_features: int, shape: tuple[int, ...] | None
+) -> Inspection:
     shapes = [tuple(num_features if n == 8 else n for n in item) for item in SHAPES] if shape is None else [shape]
-    name = type(made).__name__
     taken: dict[tuple[int, ...], str] = {}
     for item in shapes:
         taken[item] = _refusal(_subject(factory, num_features, item))

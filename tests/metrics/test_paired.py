@@ -39,7 +39,7 @@ def test_a_paired_interval_excludes_zero_exactly_where_the_paired_test_of_scipy_
 
 def test_pairing_sees_what_the_spread_over_seeds_hides():
     noise = np.array([0.0, 5.0, -5.0])
-    one, other = pd.Series(noise + [1.0, 1.1, 0.9]), pd.Series(noise)
+    one, other = pd.Series(noise + np.array([1.0, 1.1, 0.9])), pd.Series(noise)
     assert paired(one, other).separated
     assert student(one).low < student(other).high
 
