@@ -120,7 +120,8 @@ def _stored(m: Measurements) -> list[Finding]:
     return STORED.found(
         Verdict.NOTE,
         f"At {len(stale)} of {count(len(m.norms), 'norm')} the stored statistics lie further from those of training "
-        f"data than sampling explains (worst {stale[0]}: {m.norm(stale[0])[column]:.2g} nats), yet {said}{_paired(gain)}.",
+        f"data than sampling explains (worst {stale[0]}: {m.norm(stale[0])[column]:.2g} nats), yet "
+        f"{said}{_paired(gain)}.",
         sites=stale[:_KEPT],
         evidence=_evidence(m, gain) | {"kl": float(m.norm(stale[0])[column])},
         cause=reason(m.norm(stale[0]))[0],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -330,11 +332,22 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def drops(module: nn.Module) -> bool:
-    """Tell whether a module itself drops at random: a rate that is named so, as in Dropout or attention layers."""
+    """Tell whether a module itself drops at random: a rate that is named so, or a forward method that says so."""
     kind = type(module).__name__.lower()
     dropper = "drop" in kind or "stochasticdepth" in kind
     rates = [value for name, value in vars(module).items() if "drop" in name.lower() or (dropper and name == "p")]
-    return any(isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= 1 for rate in rates)
+    rated = any(isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= 1 for rate in rates)
+    return rated or (not dropper and _drops_in_forward(type(module)))
+
+
+@functools.cache
+def _drops_in_forward(kind: type[nn.Module]) -> bool:
+    """Tell whether a line of the forward method drops in training."""
+    try:
+        lines = inspect.getsource(kind.forward).splitlines()
+    except (OSError, TypeError, AttributeError):  # defined where there is no file
+        return False
+    return any("self.training" in line and "drop" in line.lower() for line in lines)
 
 
 def checked_batches(model: nn.Module, batches: object, held: int | None, argument: str = "batches") -> Iterable[Any]:

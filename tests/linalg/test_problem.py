@@ -12,6 +12,7 @@ from torch import nn
 import normscope as ns
 from normscope.core.errors import ArgumentError
 from normscope.linalg.operator import Operator
+from normscope.linalg.problem import drops
 from tests.checks import bits
 from tests.linalg.models import make, mlp, quadratic
 
@@ -285,3 +286,23 @@ def test_what_the_repr_says():
     assert (
         repr(problem().operator()) == "Operator(hessian, 51 parameters, Problem(Sequential, 51 parameters, 1 batches))"
     )
+
+
+class DropsInForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.dropout = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)
+
+    def forward(self, x):
+        rate = self.dropout.p if self.training else 0.0
+        return self.norm(self.linear(F.dropout(x, rate, True)))
+
+
+def test_dropout_written_into_a_forward_method_is_evaluated_and_norms_still_train():
+    model = DropsInForward()
+    problem = ns.Problem(model, lambda output, target: (output**2).sum() + output[0].sum(), [(torch.randn(8, 4), None)])
+    one, two = (problem.hvp(torch.ones(problem.size)) for _ in range(2))
+    assert torch.equal(torch.as_tensor(one), torch.as_tensor(two))
+    assert not drops(model.norm)
+    assert drops(model)
+    assert model.training
