@@ -288,7 +288,7 @@ def test_what_the_repr_says():
     )
 
 
-class DropsInForward(nn.Module):
+class Careless(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear, self.norm, self.dropout = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)
@@ -299,7 +299,7 @@ class DropsInForward(nn.Module):
 
 
 def test_dropout_written_into_a_forward_method_is_evaluated_and_norms_still_train():
-    model = DropsInForward()
+    model = Careless()
     problem = ns.Problem(model, lambda output, target: (output**2).sum() + output[0].sum(), [(torch.randn(8, 4), None)])
     one, two = (problem.hvp(torch.ones(problem.size)) for _ in range(2))
     assert torch.equal(torch.as_tensor(one), torch.as_tensor(two))
