@@ -117,6 +117,7 @@ def _stored(m: Measurements) -> list[Finding]:
     if found[0].verdict is not Verdict.OK or not stale:
         return found
     column = "kl" if m.data == "training" else "kl_train"
+    worse = gain.value < 0 and _beyond(m, gain, len(m.rows) - 1)
     return STORED.found(
         Verdict.NOTE,
         f"At {len(stale)} of {count(len(m.norms), 'norm')} the stored statistics lie further from those of training "
@@ -124,22 +125,26 @@ def _stored(m: Measurements) -> list[Finding]:
         f"{said}{_paired(gain)}.",
         sites=stale[:_KEPT],
         evidence=_evidence(m, gain) | {"kl": float(m.norm(stale[0])[column])},
-        cause=reason(m.norm(stale[0]))[0],
+        cause=_OTHER if worse else reason(m.norm(stale[0]))[0],
+        remedy="Keep the stored statistics; pass more batches of the training data, as various as these are."
+        if worse
+        else None,
     )
 
 
 def _shift(m: Measurements) -> list[Finding]:
-    """Judge whether statistics of the target data are better than those of the training data."""
+    """Judge whether statistics of the target data are better than both the stored ones and those of training data."""
     if m.data != "target":
         return SHIFT.undecided("No target batches were given, so nothing is said of the data that is served.", _TARGET)
-    before = TRAINING if TRAINING in m.rows else RUNNING
+    trained = m.gain(TRAINING)
+    before = TRAINING if trained and trained.value > 0 else RUNNING
     gain = m.gain(TARGET, before)
     if gain is None:
         return SHIFT.undecided(f"Target data: not measured, {m.missing.get(TARGET, 'no reason known')}.", _TARGET)
     than = "recalibrated on training data" if before == TRAINING else "with running statistics"
     said = f"recalibrated on target data, {_pair(m, TARGET, before)} {than}"
     cause = None
-    if before == RUNNING:
+    if trained is None:
         cause = (
             f"{SHIFT.cause} Or the stored statistics do not fit the training data either; pass train_batches to tell "
             "these apart."
@@ -285,7 +290,7 @@ def reason(norm: Mapping[str, Any]) -> tuple[str, str]:
     """
     momentum, updates = float(norm["momentum"]), float(norm["updates"])
     again = "Recalibrate now: normscope.norms.recalibrate(model, batches)"
-    if norm["initial"] or updates == 0:
+    if norm["initial"]:
         return (
             "Its statistics are those of a new layer: it never ran in training mode, its momentum is 0, or a "
             "checkpoint was loaded without its buffers (strict=False, weights only).",
@@ -297,7 +302,7 @@ def reason(norm: Mapping[str, Any]) -> tuple[str, str]:
             "counts.",
             f"{again}; train with momentum={max(1 - momentum, 0.01):.2g}.",
         )
-    if momentum > 0 and (1 - momentum) ** updates > WARM_WEIGHT:
+    if momentum > 0 and updates > 0 and (1 - momentum) ** updates > WARM_WEIGHT:  # a converted model counts none
         return (
             f"After {count(updates, 'update')} with momentum {momentum:g} the average still "
             f"holds {(1 - momentum) ** updates:.0%} of its initial value.",
@@ -319,6 +324,7 @@ def reason(norm: Mapping[str, Any]) -> tuple[str, str]:
 
 # ---- words and limits ------------------------------------------------------------------------------------------------
 
+_OTHER = "These batches are not like the data that the model was trained on, or too few of them."
 _PASS = "Pass train_batches: batches of the data that the model was trained on."
 _TARGET = "Pass target_batches: batches of the data that the model serves, with what the metric needs."
 _BATCHES = "Pass batches of at least two samples."

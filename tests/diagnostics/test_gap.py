@@ -80,6 +80,12 @@ CASES = {
         NOTE,
         "recalibrate.model, train",
     ),
+    "training data unlike those of the training": (
+        of({TRAINING: 0.7}, edit={("b", "kl_train"): 0.7}),
+        "stored-statistics",
+        NOTE,
+        "Keep the stored statistics",
+    ),
     "broken": (of({}, edit={("b", "broken"): 3}), "broken-statistics", FAILURE, "takes the statistics anew"),
     "frozen": (of({}, frozen={"c": "FrozenBatchNorm2d"}), "frozen-norms", UNDECIDED, "nn.BatchNorm2d"),
 }
@@ -127,7 +133,7 @@ def test_a_lower_loss_is_a_gain():
 NORM = {"initial": False, "updates": 1000.0, "momentum": 0.1, "beyond": 1.0, "kl_train": float("nan")}
 REASONS = {
     "new": ({"initial": True}, "those of a new layer", "running_mean"),
-    "never": ({"updates": 0.0}, "those of a new layer", "running_mean"),
+    "converted": ({"updates": 0.0, "kl_train": 0.001}, "other data, or a preprocessing", "as it is served"),
     "fast": ({"momentum": 0.99}, "only the last batch counts", "momentum=0.01"),
     "slow": ({"momentum": 0.001, "updates": 100.0}, "still holds 90% of its initial value", "larger momentum"),
     "trails": ({"beyond": 0.0}, "trails the weights", "small learning rate"),
