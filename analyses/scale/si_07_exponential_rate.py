@@ -139,10 +139,10 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
     for index, (gamma, part) in enumerate(frame.groupby("momentum")):
         for place, name in enumerate((GROWING, DECAY)):
             rows, number = part[part["run"] == name], 2 * index + place
-            style.curve(losses, rows, "step", "loss", name=f"{name}, γ = {gamma}", index=number)
-            style.curve(rates, rows, "step", "lr", name=f"{name}, γ = {gamma}", index=number)
-        style.curve(gaps, part, "step", "difference", name=f"γ = {gamma}", index=index)
-    rates.set_yscale("log")
+            style.curve(losses, rows, "step", "loss", name=f"{name}, γ = {gamma:g}", index=number)
+            style.curve(rates, rows, "step", "lr", name=f"{name}, γ = {gamma:g}", index=number)
+        style.curve(gaps, part, "step", "difference", name=f"γ = {gamma:g}", index=index)
+    rates.set(yscale="log", ylim=(0.05, 3e3))
     gaps.set(yscale="log", ylim=(1e-16, 1e-10))
     for ax in (losses, rates, gaps):
         ax.legend()

@@ -124,6 +124,7 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
         farthest = rows.groupby(["seed", "step"])["difference"].max().clip(lower=1e-17).reset_index()
         style.curve(axes[2], farthest, "step", "difference", name=name, index=index)
     axes[2].set_yscale("log")
+    axes[0].set_ylim(top=3.4)
     for ax in axes:
         ax.legend()
     style.label(axes[2], "distance from c = 1", "step $t$", "largest loss difference so far (nats)")

@@ -19,8 +19,8 @@ TITLE = "Five decades of learning rate end alike with BatchNorm"
 SOURCES = ("S121",)
 CAPTION = (
     "Full-batch gradient descent on 500 digits (784-64-64-64-10), the head with η = 0.1, hidden weights with the rate "
-    "on the axis. (a) Loss after 300 steps: with BatchNorm every rate works, without it large rates diverge (drawn "
-    "at 10). (b) The norm of the first layer grows until (c) the effective rate η/‖w‖² is one that fits."
+    "on the axis. (a) Loss after 300 steps: with BatchNorm every rate works, without it large rates diverge. "
+    "(b) The norm of the first layer (cut at 10¹²) grows until (c) the effective rate η/‖w‖² is one that fits."
 )
 COLUMNS = ("network", "lr", "loss", "norm", "effective", "first")
 
@@ -119,6 +119,7 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
     for ax in (losses, norms, rates):
         ax.set(xscale="log", yscale="log")
         ax.legend()
+    norms.set_ylim(1, 1e12)
     style.label(losses, "loss after training", r"learning rate $\eta$ of hidden weights", "training loss (nats)")
     style.label(norms, "norm of layer 1 after training", r"learning rate $\eta$ of hidden weights", r"$\|w\|$")
     style.label(

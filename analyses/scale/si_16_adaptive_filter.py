@@ -22,8 +22,8 @@ CAPTION = (
     "Inputs of a 1 × 1 convolution: the 16 channels after three random 3 × 3 convolutions (He) and ReLUs on 200 "
     "digits, as they are or after BatchNorm; least squares to a random target by gradient descent. (a) Eigenvalues of "
     "their autocorrelation: BatchNorm suppresses the largest and amplifies the smallest. (b) Each mode decays "
-    "as (1 - ηλ_i)^t, dashed (no norm, η = 1/λ_max). (c) Error after 200 steps over the first: a small rate converges "
-    "faster with BatchNorm, a large one is stable up to 2/λ_max, dotted."
+    "as (1 - ηλ_i)^t, dashed (no norm, η = 1/λ_max). (c) Error after 200 steps over the first: both are stable "
+    "up to 2/λ_max, dotted, and just below it BatchNorm leaves orders of magnitude less."
 )
 COLUMNS = ("part", "inputs", "at", "curve", "value", "expected")
 
@@ -118,6 +118,10 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         diverging = rows[~(rows["value"] <= 1)].groupby("inputs").agg({"at": "min", "expected": "min"})
         return float((diverging["at"] / diverging["expected"]).max())
 
+    def best(rows: pd.DataFrame) -> float:
+        least = rows.groupby("inputs")["value"].min()
+        return float(least[PLAIN] / least[NORMALIZED])
+
     def slow(rows: pd.DataFrame) -> float:
         least = rows[rows["at"] == rows["at"].min()].set_index("inputs")["value"]
         return float(least[PLAIN] / least[NORMALIZED])
@@ -158,6 +162,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             "S124, section 4",
             "error left without BatchNorm over that with it, smallest rate",
             by_seed(rates, slow),
+            1.0,
+            reason="at low rates most of the error falls along the largest mode, which BatchNorm makes slower",
+        ),
+        at_least(
+            "At its best learning rate descent converges faster with BatchNorm.",
+            "S124, section 4",
+            "least error over rates without BatchNorm over that with it",
+            by_seed(rates, best),
             1.0,
         ),
     )

@@ -134,7 +134,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             "S119, section 3",
             "largest |loss with a fixed rate - loss of SGD| over that of AdamG",
             [fixed / own for fixed, own in zip(largest(FIXED), largest(ADAMG), strict=True)],
-            5.0,
+            1.0,
         ),
     )
 
