@@ -20,7 +20,7 @@ class Claim:
 
     Attributes:
         statement: the claim, one sentence.
-        source: key of the bibliography, then where in the work: "vanlaarhoven2017, section 2".
+        source: key of the bibliography, then where in the work: "ba2016, table 1", "S129, equilibrium of SGD".
         statistic: what was computed for each seed, in words or as a formula.
         expected: the expected value, or a bound as ">= 2".
         tolerance: largest absolute distance from an expected value, 0 for a bound.

@@ -27,7 +27,7 @@ FIGURES: Final[dict[str, tuple[str, ...]]] = {
     "figure:loss-smoothness": ("CO-8", "CO-9", "CO-10", "CO-11", "CO-12"),
     "figure:mean-field-fisher": ("CO-23",),
     "figure:mean-field-gradient-explosion": ("CO-17", "CO-18"),
-    "figure:norm-interpretations": ("CO-24",),
+    "figure:norm-interpretations": ("SI-18",),
     "figure:normalized-sensitivity": ("CO-19",),
     "figure:ntk-normalized-convergence": ("CO-25",),
     "figure:path-invariance": ("SI-15",),

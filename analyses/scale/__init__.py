@@ -23,6 +23,7 @@ from analyses.scale import (
     si_15_path_invariance,
     si_16_adaptive_filter,
     si_17_spherical_adam,
+    si_18_spheres,
 )
 
 SCRIPTS: Final[tuple[ModuleType, ...]] = (
@@ -43,4 +44,5 @@ SCRIPTS: Final[tuple[ModuleType, ...]] = (
     si_15_path_invariance,
     si_16_adaptive_filter,
     si_17_spherical_adam,
+    si_18_spheres,
 )

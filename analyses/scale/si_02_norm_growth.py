@@ -77,14 +77,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "The squared norm grows by the squared length of each step.",
-            "S121, section 3",
+            "S121, growth of the norm",
             "max over layers and steps of |(‖w_t‖² - ‖w_0‖²) / Σ η²‖g‖² - 1|",
             gap("BatchNorm"),
             1e-10,
         ),
         at_most(
             "The effective learning rate η/‖w‖² never rises without weight decay.",
-            "S116, section 3.1",
+            "S116, effective step size",
             "largest ratio of the effective learning rate to an earlier one, over layers",
             by_seed(
                 normalized,
@@ -94,7 +94,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "Without normalization the identity does not hold.",
-            "S121, section 3",
+            "S121, growth of the norm",
             "max over layers and steps of |(‖w_t‖² - ‖w_0‖²) / Σ η²‖g‖² - 1|",
             gap("none"),
             0.5,

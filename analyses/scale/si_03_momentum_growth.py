@@ -130,14 +130,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_most(
             "SGDP undoes the growth by momentum.",
-            "S120, section 3",
+            "S120, projected steps",
             "growth of ‖w‖² under SGDP over that under momentum, largest over layers",
             by_seed(frame, lambda rows: max(ratio(rows, layer, SGDP, MOMENTUM) for layer in layers)),
             0.1,
         ),
         at_most(
             "Steps of SGDP are orthogonal to the weights, so that growth is the sum of their squares.",
-            "S120, section 3",
+            "S120, projected steps",
             "max over layers and steps of |(‖w_t‖² - ‖w_0‖²) / Σ ‖w_k‖² tan²(angle) - 1|",
             by_seed(projected, lambda rows: (rows["growth"] / rows["tangent"] - 1).abs().max()),
             1e-8,

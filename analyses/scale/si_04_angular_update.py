@@ -115,7 +115,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     networks = [
         equal(
             f"In a network the angle settles at √(2ηλ/(1+α)) in every layer, α = {start}.",
-            "S129, theorem 2" if start != "0" else "S129, theorem 1",
+            "S129, equilibrium with momentum" if start != "0" else "S129, equilibrium of SGD",
             "angle over expected, mean of the last 30% of the steps, the layer farthest from 1",
             ratios(NETWORK, "farthest", f"α = {start},"),
             1.0,
@@ -127,7 +127,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         equal(
             "With random gradients the angle settles at √(2ηλ/(1+α)), for each α.",
-            "S129, theorems 1 and 2",
+            "S129, equilibrium",
             "angle over expected, mean of the last 30% of the steps, the α farthest from 1",
             ratios(WALK, "farthest"),
             1.0,
@@ -136,14 +136,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         *networks,
         at_most(
             "Dividing η by 10 makes the angle fall far below its new equilibrium.",
-            "S129, section 4",
+            "S129, change of the learning rate",
             "angle over expected, first window after the drop",
             by_seed(dropped, lambda rows: after(rows, _PLAIN)),
             0.5,
         ),
         equal(
             "Rescaling w by (η_new/η_old)^(1/4) restores the equilibrium at once.",
-            "S129, section 4",
+            "S129, change of the learning rate",
             "angle over expected, first window after the drop",
             by_seed(dropped, lambda rows: after(rows, _RESCALED)),
             1.0,

@@ -110,7 +110,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         equal(
             "With random gradients the norm settles at (ηL / (λ(1-α)(2-λη/(1+α))))^(1/4), for each α.",
-            "S129, theorem 2",
+            "S129, equilibrium with momentum",
             "norm over expected, mean of the last 30% of the steps, the α farthest from 1",
             farthest(WALK),
             1.0,
@@ -118,7 +118,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         equal(
             "The norm in equilibrium is proportional to (η/λ)^(1/4).",
-            "vanlaarhoven2017, section 3",
+            "vanlaarhoven2017, norm at a steady state",
             "slope of log ‖w‖ over log η/λ",
             by_seed(sweep, lambda rows: np.polyfit(np.log(rows["at"]), np.log(rows["norm"]), 1)[0]),
             0.25,
@@ -126,7 +126,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         equal(
             "In a network every layer's norm settles at that value, with the layer's own L.",
-            "S129, theorem 2",
+            "S129, equilibrium with momentum",
             "norm over expected, mean of the last 30% of the steps, the layer farthest from 1",
             farthest(NETWORK),
             1.0,

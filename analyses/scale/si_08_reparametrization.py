@@ -88,21 +88,21 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "SGD from √c w with rate cη and decay λ/c is SGD from w with rate η and decay λ.",
-            "vanlaarhoven2017, section 2",
+            "vanlaarhoven2017, effective learning rate",
             statistic,
             largest(SGD),
             1e-10,
         ),
         at_most(
             "Adam from c w with rate cη is Adam from w with rate η.",
-            "vanlaarhoven2017, section 4",
+            "vanlaarhoven2017, Adam",
             statistic,
             largest(ADAM),
             1e-10,
         ),
         at_least(
             "The scale of the first weights alone does change training.",
-            "S128, section 2",
+            "S128, equivalence",
             statistic,
             largest(UNCHANGED),
             1e-2,

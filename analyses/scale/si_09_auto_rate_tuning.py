@@ -77,21 +77,21 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "With BatchNorm every learning rate trains.",
-            "S121, theorem 3.1",
+            "S121, main theorem",
             "largest loss after 300 steps over rates 10⁻² to 10³ (nats)",
             by_seed(normalized, lambda rows: _loss(rows).max()),
             0.1,
         ),
         at_least(
             "Without normalization large rates diverge.",
-            "S121, section 1",
+            "S121, motivation",
             "smallest loss after 300 steps over rates from 10 (nats)",
             by_seed(plain[plain["lr"] >= 10], lambda rows: _loss(rows).min()),
             1.0,
         ),
         at_most(
             "The norm grows until the effective rate is no larger than what the loss allows.",
-            "S121, section 3",
+            "S121, growth of the norm",
             "range over rates of log η/‖w‖² at the end, over that at the start, layer 1",
             by_seed(normalized, lambda rows: np.log(rows["effective"]).std() / np.log(rows["first"]).std()),
             0.75,

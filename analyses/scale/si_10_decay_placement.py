@@ -88,14 +88,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_least(
             "Decay of the scale-invariant weights raises their effective learning rate.",
-            "S127, section 4.1",
+            "S127, first mechanism",
             "effective rate after the last epoch, decay on hidden weights over none",
             over_none(HIDDEN, "rate"),
             1.1,
         ),
         equal(
             "Decay of the head leaves the effective learning rate as it is.",
-            "S127, section 4.1",
+            "S127, first mechanism",
             "effective rate after the last epoch, decay on the head over none",
             over_none(HEAD, "rate"),
             1.0,
@@ -103,7 +103,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         equal(
             "Decay of all weights does to the effective rate what that of the hidden weights does.",
-            "S127, section 4.1",
+            "S127, first mechanism",
             "effective rate after the last epoch, decay on all over decay on hidden weights",
             [every / own for every, own in zip(over_none(ALL, "rate"), over_none(HIDDEN, "rate"), strict=True)],
             1.0,
@@ -111,7 +111,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         untestable(
             "Most of the gain in accuracy comes from decay of the scale-invariant weights.",
-            "S127, figure 2",
+            "S127, accuracy by layer",
             "test accuracy, decay on hidden weights minus none",
             by_seed(last, gain),
             "> 0",

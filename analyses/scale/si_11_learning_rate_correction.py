@@ -82,21 +82,21 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "A correction of the learning rate has the effect of weight decay.",
-            "S116, section 3.2",
+            "S116, correction of the learning rate",
             "largest |loss corrected - loss with decay|",
             last(CORRECTED, "difference"),
             1e-12,
         ),
         at_least(
             "Without the correction the run without decay is another.",
-            "S116, section 3.2",
+            "S116, correction of the learning rate",
             "largest |loss without decay - loss with decay|",
             last(PLAIN, "difference"),
             1e-3,
         ),
         at_least(
             "The effect is not that of a smaller norm: the corrected run's norm grows.",
-            "S116, section 3.1",
+            "S116, effective step size",
             "last norm corrected / last norm with decay",
             growth,
             1.05,

@@ -41,7 +41,12 @@ _INVARIANT = {
     "layer": (True, True, False, True, False, True),
     "RMS": (True, False, False, True, False, True),
 }
-_TABLE = {"batch": "ba2016, table 1", "weight": "ba2016, table 1", "layer": "ba2016, table 1", "RMS": "S036, table 1"}
+_TABLE = {
+    "batch": "ba2016, table 1",
+    "weight": "ba2016, table 1",
+    "layer": "ba2016, table 1",
+    "RMS": "S036, table of invariances",
+}
 _LIMIT = 1e-9
 
 

@@ -89,35 +89,35 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "AdamP's steps are orthogonal to the weights, so that growth is the sum of their squares.",
-            "S120, section 3",
+            "S120, projected steps",
             "max over layers and steps of |(‖w_t‖² - ‖w_0‖²) / Σ ‖w_k‖² tan²(angle) - 1|; eps = 10⁻⁸ beside ‖w‖",
             by_seed(later[later["optimizer"] == "AdamP"], lambda r: (r["growth"] / r["tangent"] - 1).abs().max()),
             1e-5,
         ),
         at_most(
             "AdamP's norm grows less than Adam's.",
-            "S120, section 3",
+            "S120, projected steps",
             "growth of ‖w‖² under AdamP over that under Adam, largest over layers",
             by_seed(last, over_adam),
             0.5,
         ),
         at_most(
             "LARS turns every layer by the angle arctan(η trust) at every step.",
-            "S106, section 4",
+            "S106, layer-wise rate",
             "max over layers and steps of |angle / arctan(0.01) - 1|",
             by_seed(of["LARS"], lambda rows: (rows["angle"] / angle - 1).abs().max()),
             1e-8,
         ),
         at_most(
             "Under LARS the norm of scale-invariant weights grows exponentially, by √(1 + η² trust²) a step.",
-            "S106, section 4",
+            "S106, layer-wise rate",
             "max over layers and steps of |‖w_t‖ / (‖w_0‖ (1 + 10⁻⁴)^(t/2)) - 1|",
             by_seed(of["LARS"], exponential),
             1e-8,
         ),
         equal(
             "LAMB turns every layer by about the angle η at every step.",
-            "S107, section 3",
+            "S107, layer-wise rate",
             "angle / η, mean over steps, the layer farthest from 1",
             by_seed(of["LAMB"], lambda rows: _farthest(rows.groupby("layer")["angle"].mean() / _SHARE)),
             1.0,
@@ -141,8 +141,8 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
         style.curve(angles, rows, "step", "angle", name=name, index=index)
     steps = np.array([0, frame["step"].max()])
     style.theory(angles, steps, np.full(2, np.arctan(_SHARE)), name="arctan(0.01)")
+    style.logarithmic(angles)
     for ax in (norms, angles):
-        style.logarithmic(ax)
         ax.legend()
     style.label(norms, "norm of layer 2", "step $t$", r"$\|w_t\|/\|w_0\|$")
     style.label(angles, "angle of layer 2", "step $t$", r"angular update $\Delta_t$ (rad)")

@@ -117,14 +117,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "Exponential weight normalization is plain descent with the learning rate ‖w_u‖² for each node.",
-            "S145, theorem 1",
+            "S145, adaptive rate of each node",
             "‖step - plain step‖ / ‖plain step‖, rate 10⁻⁶",
             by_seed(frame[frame["part"] == CHECK], lambda rows: rows["value"].iloc[0]),
             1e-4,
         ),
         equal(
             "Without normalization the norms of nodes become proportional to their gradients.",
-            "S145, section 4",
+            "S145, asymptotic relations",
             "slope of log ‖w_u‖ over log ‖∇_u L‖, last step",
             by_seed(plain, lambda rows: np.polyfit(np.log(rows["gradient"]), np.log(rows["value"]), 1)[0]),
             1.0,
@@ -132,7 +132,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         untestable(
             "Norm times gradient becomes equal over the nodes that grow without bound.",
-            "S145, section 4",
+            "S145, asymptotic relations",
             "largest over smallest ‖w_u‖ ‖∇_u L‖, nodes of norm above a tenth of the largest, last step",
             by_seed(exponential, spread),
             1.0,
@@ -140,7 +140,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_most(
             "Exponential weight normalization leaves fewer nodes that count.",
-            "S145, section 4",
+            "S145, asymptotic relations",
             "(Σ‖w_u‖)² / Σ‖w_u‖², exponential over none, last step",
             list(final[EXPONENTIAL] / final[PLAIN]),
             0.9,

@@ -96,11 +96,13 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     path = frame[(frame["optimizer"] == PATH) & (frame["start"] == BALANCED)]
     statistic = "largest |loss from unbalanced - loss from balanced weights| over steps (nats)"
     return (
-        at_most("Path-SGD is invariant to rescaling of nodes.", "S113, section 3", statistic, largest(PATH), 1e-8),
-        at_least("SGD is not invariant to rescaling of nodes.", "S113, section 1", statistic, largest(SGD), 0.1),
+        at_most("Path-SGD is invariant to rescaling of nodes.", "S113, Path-SGD", statistic, largest(PATH), 1e-8),
+        at_least(
+            "SGD is not invariant to rescaling of nodes.", "S113, rescaling of nodes", statistic, largest(SGD), 0.1
+        ),
         at_most(
             "Path-SGD trains.",
-            "S113, section 4",
+            "S113, experiments",
             "last loss over the first",
             by_seed(path, lambda rows: rows["loss"].iloc[-1] / rows["loss"].iloc[0]),
             0.5,

@@ -129,28 +129,28 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "Each natural mode of the weights decays as (1 - ηλ_i)^t.",
-            "S124, section 3",
+            "S124, natural modes",
             "max over modes and steps of |size / (1 - ηλ_i)^t - 1|, sizes above 10⁻⁶",
             by_seed(seen, lambda rows: (rows["value"] / rows["expected"] - 1).abs().max()),
             1e-6,
         ),
         at_most(
             "BatchNorm suppresses the largest eigenvalue of the inputs' autocorrelation.",
-            "S124, section 4",
+            "S124, effects of BatchNorm",
             "largest eigenvalue with BatchNorm over that without",
             by_seed(spectrum, lambda rows: eigenvalue(rows, largest=True)),
             1.0,
         ),
         at_least(
             "BatchNorm amplifies the smallest eigenvalue of the inputs' autocorrelation.",
-            "S124, section 4",
+            "S124, effects of BatchNorm",
             "smallest eigenvalue with BatchNorm over that without",
             by_seed(spectrum, lambda rows: eigenvalue(rows, largest=False)),
             1.0,
         ),
         equal(
             "Descent is stable up to η = 2/λ_max, with and without BatchNorm.",
-            "S124, section 3",
+            "S124, natural modes",
             "smallest rate that diverges over 2/λ_max, the larger of the two",
             by_seed(rates, limit),
             # rates are a factor 1.32 apart
@@ -159,7 +159,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "At low learning rates BatchNorm converges faster.",
-            "S124, section 4",
+            "S124, effects of BatchNorm",
             "error left without BatchNorm over that with it, smallest rate",
             by_seed(rates, slow),
             1.0,
@@ -167,7 +167,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "At its best learning rate descent converges faster with BatchNorm.",
-            "S124, section 4",
+            "S124, effects of BatchNorm",
             "least error over rates without BatchNorm over that with it",
             by_seed(rates, best),
             1.0,

@@ -117,21 +117,21 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "SGD with decay is AdamG without momentum on the sphere, up to terms of fourth order in the step.",
-            "S119, theorem on SGD and AdamG",
+            "S119, equivalence of SGD and AdamG",
             "largest |loss of AdamG - loss of SGD| over steps (nats)",
             largest(ADAMG),
             0.02,
         ),
         at_most(
             "The norm of the weights carries the second moment: the effective rates of the two runs agree.",
-            "S119, theorem on SGD and AdamG",
+            "S119, equivalence of SGD and AdamG",
             "largest |rate of AdamG / effective rate of SGD - 1| over steps, layer 2",
             list(gaps),
             0.02,
         ),
         at_least(
             "A fixed rate on the sphere is another method.",
-            "S119, section 3",
+            "S119, steps on the sphere",
             "largest |loss with a fixed rate - loss of SGD| over that of AdamG",
             [fixed / own for fixed, own in zip(largest(FIXED), largest(ADAMG), strict=True)],
             1.0,

@@ -79,21 +79,21 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "Whitened samples have the identity as covariance, by each of the three exact matrices.",
-            "S131, section 3",
+            "S131, ZCA whitening",
             "largest ‖covariance - I‖ (Frobenius)",
             by_seed(frame, lambda part: max(_defect(part, name) for name in _EXACT)),
             1e-9,
         ),
         at_most(
             "Standardizing leaves the correlation as it is.",
-            "S131, section 1",
+            "S131, standardization",
             "|correlation after - before|",
             by_seed(frame, lambda part: abs(_correlation(part, "standardize") - _correlation(part, "input"))),
             1e-9,
         ),
         at_least(
             "Of the whitenings ZCA moves the samples least.",
-            "S131, section 3",
+            "S131, ZCA whitening",
             "mean squared distance to the centered sample, the least of PCA and Cholesky over ZCA",
             by_seed(
                 frame,
@@ -106,7 +106,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         equal(
             "Cholesky whitening only rescales the first feature.",
-            "S150, section 3",
+            "S150, whitening matrices",
             "correlation of the first feature before and after",
             by_seed(
                 frame,

@@ -105,7 +105,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         found.append(
             equal(
                 f"The area of {name} normalization has the {size} entries whose statistics torch's layer uses.",
-                "huang2020, section 3.1",
+                "huang2020, area partitioning",
                 "entries both in the area and used, minus entries in one only",
                 by_seed(part, lambda rows: (rows["member"] * rows["used"] - (rows["member"] != rows["used"])).sum()),
                 size,

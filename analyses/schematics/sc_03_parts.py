@@ -107,7 +107,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         *(
             at_most(
                 f"Area, operation and recovery in turn are {layer}.",
-                "huang2020, section 3",
+                "huang2020, framework",
                 "largest |difference of the outputs|",
                 by_seed(last[last["method"] == name], lambda rows: (rows["value"] - rows["whole"]).abs().max()),
                 1e-12,
@@ -116,7 +116,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_most(
             "After the whitening operation the rows of the area are uncorrelated.",
-            "huang2020, section 3.2",
+            "huang2020, operation",
             "largest |correlation of two rows|",
             by_seed(whitened, _correlation),
             1e-3,
