@@ -28,6 +28,9 @@ from analyses.conditioning import (
     co_20_learning_rates,
     co_21_length_and_direction,
     co_22_minimum_norm,
+    co_23_fisher_and_gamma,
+    co_25_weight_norm_kernel,
+    co_26_signal_propagation,
 )
 
 SCRIPTS: Final[tuple[ModuleType, ...]] = (
@@ -53,4 +56,7 @@ SCRIPTS: Final[tuple[ModuleType, ...]] = (
     co_20_learning_rates,
     co_21_length_and_direction,
     co_22_minimum_norm,
+    co_23_fisher_and_gamma,
+    co_25_weight_norm_kernel,
+    co_26_signal_propagation,
 )

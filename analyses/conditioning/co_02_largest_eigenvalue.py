@@ -76,6 +76,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             "the same ratio after training over that at initialization",
             by_seed(slopes, lambda part: backward(part, last) / backward(part, first)),
             0.5,
+            reason="Most of the growth is gone after some steps, but it is not the same for all seeds.",
         ),
     )
 

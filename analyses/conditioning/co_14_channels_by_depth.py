@@ -102,7 +102,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             2.0,
         ),
         at_most(
-            "With BatchNorm they do not.",
+            "With BatchNorm the means of channels do not grow with depth.",
             "S135, section 3",
             "rms of channel means over mean deviation, last layer over first, BatchNorm",
             last("BatchNorm"),
@@ -116,14 +116,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             0.8,
         ),
         at_most(
-            "With BatchNorm it does not.",
+            "With BatchNorm no class is that frequent.",
             "S135, section 3.2",
             "share of the most frequent predicted class, BatchNorm",
             one("BatchNorm", SHARE),
             0.5,
         ),
         at_least(
-            "So without normalization the gradient at the preferred logit is one-sided.",
+            "Without normalization the gradient at the preferred logit is one-sided.",
             "S135, section 3.2",
             "|mean|/mean |·| of the gradient at the preferred logit, none less BatchNorm",
             [a - b for a, b in zip(one("none", SIGN), one("BatchNorm", SIGN), strict=True)],
@@ -160,6 +160,7 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
         values = part.loc[part["quantity"] == SIGN, "value"]
         ends = [[values.median() - values.min()], [values.max() - values.median()]]
         sign.bar(network, values.median(), yerr=ends, color=style.color(index), width=0.6, error_kw={"linewidth": 0.8})
+    offset.set_xticks(range(1, int(frame["index"].max()) + 1, 2))
     share.set_xticks(range(1, 11))
     sign.set_ylim(0, 1.05)
     for ax in (offset, share):
