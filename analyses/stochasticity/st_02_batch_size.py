@@ -112,16 +112,14 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
         if line.notna().all():
             style.theory(absolute, line.index, line, name="theory" if name == BN else "")
         base = frame[frame["operation"] == BN].set_index(["seed", "batch"])["snd"]
-        ratio = part.set_index(["seed", "batch"])["snd"] / base
-        style.curve(
-            relative, ratio.rename("ratio").reset_index(), "batch", "ratio", name=name, index=index, points=True
-        )
+        ratio = (part.set_index(["seed", "batch"])["snd"] / base).rename("ratio").reset_index()
+        style.curve(relative, ratio, "batch", "ratio", name=name, index=index, points=True)
     for ax in (absolute, relative):
-        ax.set(xscale="log", yscale="log")
+        ax.set_yscale("log", base=2)
         ax.set_xscale("log", base=2)
     relative.set(yticks=[1, 2, 4, 8, 16, 32], yticklabels=["1", "2", "4", "8", "16", "32"])
     absolute.set(
-        yticks=[0.125, 0.25, 0.5, 1, 2, 4], yticklabels=["0.125", "0.25", "0.5", "1", "2", "4"], ylim=(0.1, 13)
+        yticks=[0.125, 0.25, 0.5, 1, 2, 4], yticklabels=["0.125", "0.25", "0.5", "1", "2", "4"], ylim=(0.1, 36)
     )
     absolute.legend(ncols=2, loc="upper center")
     style.label(absolute, "disturbance", "batch size $B$", "SND")
