@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from normscope.core.finding import Finding, Verdict
     from normscope.core.reading import load
     from normscope.core.record import Record
+    from normscope.core.table import Findings
     from normscope.diagnostics import diagnose
     from normscope.linalg.extremal import eigenpairs
     from normscope.linalg.layerwise import layerwise
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from normscope.scope.attach import Scope, attach
     from normscope.scope.examine import examine
     from normscope.scope.gap import Gap, gap
+    from normscope.scope.lint import lint
 
 _PACKAGES = ("applications", "gradients", "norms", "weights")
 _NAMES = {
     "ArgumentError": "normscope.core.errors",
     "Finding": "normscope.core.finding",
+    "Findings": "normscope.core.table",
     "Gap": "normscope.scope.gap",
     "NormscopeError": "normscope.core.errors",
     "Problem": "normscope.linalg.problem",
@@ -41,6 +44,7 @@ _NAMES = {
     "examine": "normscope.scope.examine",
     "gap": "normscope.scope.gap",
     "layerwise": "normscope.linalg.layerwise",
+    "lint": "normscope.scope.lint",
     "load": "normscope.core.reading",
     "spectrum": "normscope.linalg.spectrum",
     "trace": "normscope.linalg.trace",
@@ -51,6 +55,7 @@ _NAMES = {
 __all__ = [
     "ArgumentError",
     "Finding",
+    "Findings",
     "Gap",
     "NormscopeError",
     "Problem",
@@ -67,6 +72,7 @@ __all__ = [
     "gap",
     "gradients",
     "layerwise",
+    "lint",
     "load",
     "norms",
     "snd",

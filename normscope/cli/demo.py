@@ -17,9 +17,9 @@ from normscope import workbench
 from normscope.cli.folder import free
 from normscope.core.errors import ArgumentError
 from normscope.core.finding import Finding, Verdict
+from normscope.core.table import findings_table
 from normscope.linalg.problem import Problem
 from normscope.norms.conversion import convert
-from normscope.report.table import findings_table
 from normscope.scope.attach import attach
 from normscope.workbench.breaks import BREAKS, Break
 

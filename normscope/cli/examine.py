@@ -13,13 +13,14 @@ import torch
 
 from normscope.cli.factory import called, reference
 from normscope.cli.folder import free
+from normscope.core.table import findings_table
 from normscope.diagnostics import diagnose
-from normscope.report.table import findings_table
 from normscope.report.write import findings_json, write_report
 from normscope.scope.examine import MAX_BATCHES, examine
 from normscope.scope.session import SUBJECTS
 
 RETURNS = ("model", "loss", "batches")
+ALWAYS = ("run", "structure", "optimizer")  # told whatever subjects are asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     with called(arguments.factory, RETURNS) as (model, loss, batches):
         probes = dict.fromkeys(probe for subject in arguments.subjects for probe in SUBJECTS[subject])
         record = examine(model, loss, _first(batches, arguments.batches), run=out, probes=probes)
-    findings = [finding for finding in diagnose(record) if finding.subject in ("run", *arguments.subjects)]
+    findings = [finding for finding in diagnose(record) if finding.subject in (*ALWAYS, *arguments.subjects)]
     page = write_report(record, findings, out / "report.html")
     if arguments.json:
         print(findings_json(findings), end="")

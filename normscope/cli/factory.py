@@ -96,6 +96,8 @@ def _raising(text: str, done: str, call: Callable[[], Any]) -> Any:
 
 def _checked(text: str, value: object, returns: tuple[str, ...], optional: tuple[str, ...]) -> tuple[Any, ...]:
     most = len(returns) + len(optional)
+    if len(returns) == 1 and not isinstance(value, (tuple, list)):
+        value = (value,)  # a single thing need be in no tuple
     if isinstance(value, (tuple, list)) and len(returns) <= len(value) <= most:
         return (*value, *[None] * (most - len(value)))
     got = f"{len(value)} values" if isinstance(value, (tuple, list)) else f"a value of type {type(value).__name__}"

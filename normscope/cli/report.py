@@ -9,8 +9,8 @@ from pathlib import Path
 
 from normscope.cli.folder import one_run
 from normscope.core.reading import load
+from normscope.core.table import findings_table
 from normscope.diagnostics import diagnose
-from normscope.report.table import findings_table
 from normscope.report.write import findings_json, json_beside, write_report, write_texts
 
 

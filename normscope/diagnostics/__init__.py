@@ -10,6 +10,7 @@ import numpy as np
 from normscope.core.errors import ArgumentError, brief
 from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.core.record import Record
+from normscope.core.table import Findings
 from normscope.diagnostics import (
     conditioning,
     curvature,
@@ -17,6 +18,7 @@ from normscope.diagnostics import (
     noise,
     optimizer,
     propagation,
+    rest,
     run,
     scale,
     structure,
@@ -78,6 +80,7 @@ DIAGNOSTICS: tuple[Diagnostic, ...] = (
     mismatch.updated_twice,
     mismatch.evaluation_mode,
     mismatch.tiny_variance,
+    structure.forward_fails,
     structure.few_values,
     structure.dropout_before_norm,
     structure.never_reached,
@@ -96,14 +99,29 @@ DIAGNOSTICS: tuple[Diagnostic, ...] = (
 )
 
 
-def diagnose(record: Record) -> list[Finding]:
+# what takes their place in the record of a lint, in which nothing was trained
+AT_REST: tuple[Diagnostic, ...] = (
+    run.no_normalization,
+    rest.bias_before_norm,
+    rest.gain_decay,
+    rest.decay,
+    rest.small_batch,
+    rest.whitening_batch,
+    rest.momentum,
+    rest.evaluation_mode,
+    *(judge for judge in DIAGNOSTICS if judge.__module__ in (structure.__name__, optimizer.__name__)),
+)
+
+
+def diagnose(record: Record) -> Findings:
     """Judge a record by every diagnostic, each run by itself.
 
     Args:
         record: record of one or several runs.
 
     Returns:
-        Findings, worst first: one or none of each diagnostic a run. One that raised is an undecided finding.
+        Findings, worst first: one or none of each diagnostic a run. One that raised is an undecided finding. The list
+        prints as a table.
 
     Raises:
         ArgumentError: if it is no record.
@@ -115,9 +133,11 @@ def diagnose(record: Record) -> list[Finding]:
     found = []
     for single in tables.split(record):
         name = single.names[0] if single.names else ""
-        judged = [finding for diagnostic in DIAGNOSTICS for finding in _judge(diagnostic, single)]
+        at_rest = bool(single.runs) and "lint" in single.runs[0]
+        judging = AT_REST if at_rest else DIAGNOSTICS
+        judged = [finding for diagnostic in judging for finding in _judge(diagnostic, single)]
         found += [replace(finding, run=name) for finding in grouped(judged)]
-    return worst_first(found)
+    return Findings(worst_first(found))
 
 
 def id_of(diagnostic: Diagnostic) -> str:

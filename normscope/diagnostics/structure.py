@@ -18,6 +18,7 @@ INFLATED = 2.0  # factor by which dropout raises a variance in training
 LARGE_EPS = 1e-2
 HALF = 2.0**-25  # and below, a number is 0 in float16
 
+_PLAIN = (*metrics.CENTERING, "rms")  # kinds that divide by what they measure, and multiply by their gain
 PASS_EXAMPLE = "Pass example=, a batch as the model takes it."
 
 FEW = Rule(
@@ -67,11 +68,19 @@ SHARED_NORM = Rule(
     remedy="Give each call a layer of its own (the weights around it may be shared), or use one without running "
     "statistics, as torch.nn.GroupNorm.",
 )
+FORWARD_FAILS = Rule(
+    id="structure.forward-fails",
+    threshold=0.0,
+    threshold_source="identity: errors of the layer on the example",
+    source="huang2020",
+    cause="The layer cannot take this input: one value a channel, or another number of channels than it was built for.",
+    remedy="Mend the size that the error names, or pass an example of the size that is trained on.",
+)
 EPS = Rule(
     id="structure.eps",
     threshold=LARGE_EPS,
     threshold_source="identity: eps is the variance below which a layer no longer normalizes; half precision has no "
-    "positive number below 2^-24; measured: layers of 60 published architectures have 1e-12 to 1e-3",
+    "positive number below 2^-24; measured: layers of 80 published architectures have 1e-12 to 1e-3",
     source="ioffe2015",
     cause="eps is set to a value that was meant for another layer, formula or type.",
     remedy="Use 1e-5 for BatchNorm, LayerNorm and GroupNorm, 1e-6 for RMSNorm; compute the statistics in float32.",
@@ -112,6 +121,26 @@ UNSYNCHRONIZED = Rule(
 )
 
 
+def forward_fails(record: Record) -> list[Finding]:
+    """Judge whether a normalization layer refuses the example that is run.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        One finding, none where all take it, or nothing was run.
+    """
+    events = record.events[record.events["kind"] == "forward-failed"] if "kind" in record.events else record.events
+    if not len(events):
+        return []
+    site, message = str(events["site"].iloc[0]), str(events["message"].iloc[0]).rstrip(".")
+    return FORWARD_FAILS.found(
+        Verdict.FAILURE,
+        f"{site.rpartition('/')[0]} raised {message} (threshold 0 errors); layers behind it were not seen.",
+        sites=[site],
+    )
+
+
 def few_values(record: Record) -> list[Finding]:
     """Judge whether means and variances are taken of one or two numbers, which leaves nothing or signs alone.
 
@@ -122,13 +151,13 @@ def few_values(record: Record) -> list[Finding]:
         One finding, none where no layer's groups can be that small.
     """
     facts, frame = metrics.norms(record), metrics.calls(record)
-    judged = facts[facts["norm"].isin([*metrics.CENTERING, "rms"])]
+    judged = facts[facts["norm"].isin(_PLAIN)]
     if not len(judged):
         return []
     if not len(frame):
         # without running it, only that of a vector can be so few
         doubtful = judged[judged["norm"].isin(["instance", "group", "batch"])]
-        return _unordered(FEW, record, f"of how many values {count(len(doubtful), 'layer')} take", len(doubtful))
+        return unordered(FEW, record, f"of how many values {count(len(doubtful), 'layer')} take", len(doubtful))
     frame = frame[frame["values"].notna() & frame["module"].isin(judged.index)]
     trains = facts["training"].reindex(frame["module"]).to_numpy(bool)
     frame = frame[(frame["kind"] != "batch") | (trains & (frame["values"] <= 1))]
@@ -184,7 +213,7 @@ def dropout_before_norm(record: Record) -> list[Finding]:
     ).sort_values("rate", ascending=False, kind="stable")
     if not len(frame):
         if not metrics.ordered(record):
-            return _unordered(DROPOUT, record, f"whether {count(len(rates), 'dropout')} feed BatchNorm", len(rates))
+            return unordered(DROPOUT, record, f"whether {count(len(rates), 'dropout')} feed BatchNorm", len(rates))
         return DROPOUT.ok(f"No dropout right before {count(len(layers), 'layer')} with running statistics.")
     name, rate = str(frame["module"].iloc[0]), float(frame["rate"].iloc[0])
     factor = 1 / (1 - rate) if rate < 1 else float("inf")
@@ -212,7 +241,12 @@ def never_reached(record: Record) -> list[Finding]:
     if not len(layers):
         return []
     if not reached:
-        return _unordered(NEVER_REACHED, record, f"whether {count(len(layers), 'layer')} are reached", len(layers))
+        return unordered(NEVER_REACHED, record, f"whether {count(len(layers), 'layer')} are reached", len(layers))
+    if forward_fails(record):
+        return NEVER_REACHED.undecided(
+            f"Not judged at {count(len(layers), 'layer')}: the example did not pass.",
+            "Mend structure.forward-fails first.",
+        )
     left = [str(name) for name in layers.index if name and name not in reached | metrics.used(record)]
     if not left:
         return NEVER_REACHED.ok(f"All {count(len(layers), 'normalization layer')} are reached (threshold 0 left out).")
@@ -271,7 +305,7 @@ def shared_norm(record: Record) -> list[Finding]:
     if not len(layers):
         return []
     if not len(frame):
-        return _unordered(SHARED_NORM, record, f"whether {count(len(layers), 'layer')} run once", len(layers))
+        return unordered(SHARED_NORM, record, f"whether {count(len(layers), 'layer')} run once", len(layers))
     frame = frame[frame["module"].isin(layers.index)]
     several = frame.groupby("module", sort=False).agg(
         calls=("call", lambda c: c.max() + 1), sizes=("shape", lambda s: len({shape[2:] for shape in s}))
@@ -301,7 +335,7 @@ def eps(record: Record) -> list[Finding]:
         One finding, none where no layer's eps is known.
     """
     layers = metrics.norms(record)
-    layers = layers[layers["eps"].notna() & layers["norm"].ne("local-response")]
+    layers = layers[layers["eps"].notna() & layers["norm"].isin(_PLAIN)]
     if not len(layers):
         return []
     value, half = layers["eps"], layers["computes_in"].eq("float16")
@@ -426,7 +460,7 @@ def unsynchronized(record: Record) -> list[Finding]:
     return UNSYNCHRONIZED.found(
         Verdict.NOTE,
         f"{alone[0]}: each of {processes} processes takes batch statistics by itself (threshold 1); so at "
-        f" {count(len(alone), 'layer')}.",
+        f"{count(len(alone), 'layer')}.",
         sites=_sites(alone, "output"),
         evidence={"processes": processes, "layers": len(alone)},
     )
@@ -435,7 +469,7 @@ def unsynchronized(record: Record) -> list[Finding]:
 def _gains(record: Record) -> pd.DataFrame:
     """Return least and largest gain by layer, where a gain of 0 is one that multiplies by 0."""
     held, layers = metrics.parameters(record), metrics.norms(record)
-    plain = layers[layers["gain"].notna() & layers["gain_offset"].fillna(0.0).eq(0)]
+    plain = layers[layers["norm"].isin(_PLAIN) & layers["gain"].notna() & layers["gain_offset"].fillna(0.0).eq(0)]
     own = held[held["module"].isin(plain.index) & held["largest"].notna()]
     return own.set_index("module")[["least", "largest"]]
 
@@ -455,8 +489,18 @@ def _sites(names: pd.Index | pd.Series | list[str], slot: str) -> list[str]:
     return [f"{name}/{slot}" for name in dict.fromkeys(map(str, names))]
 
 
-def _unordered(rule: Rule, record: Record, what: str, concerned: int) -> list[Finding]:
-    """Conclude that the order of execution is missing; nothing where it concerns no layer, or is not the reason."""
-    if not concerned or metrics.fact(record, "training") is None:
+def unordered(rule: Rule, record: Record, what: str, concerned: int) -> list[Finding]:
+    """Conclude that the order of execution or the sizes are missing.
+
+    Args:
+        rule: the finding's fixed part.
+        record: record of one run.
+        what: what was not judged.
+        concerned: how many layers it concerns.
+
+    Returns:
+        One finding, none where it concerns no layer, or where another run than a lint lacks it.
+    """
+    if not concerned or not record.runs[0].get("lint"):
         return []
     return rule.undecided(f"Not judged without running the model: {what}.", PASS_EXAMPLE)

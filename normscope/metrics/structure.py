@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import prod
@@ -33,6 +34,7 @@ _MODULES = (
     "ndim",
     "training",
     "crosses",
+    "whitens",
     "synchronized",
     "computes_in",
 )
@@ -77,13 +79,16 @@ def modules(record: Record) -> pd.DataFrame:
     Returns:
         The columns class, after (the module whose output it certainly takes, else ""), drop (rate of dropout); of
         normalization layers norm (the kind, NaN for others), eps, momentum, groups, has_running, gain, gain_offset,
-        axis, ndim (dimensions normalized), training, crosses (whether it mixes samples), synchronized, computes_in.
+        axis, ndim (dimensions normalized), training, crosses (whether it mixes samples), whitens, synchronized,
+        computes_in.
     """
     return _rows(record, "modules", _MODULES).set_index("module")
 
 
 def norms(record: Record) -> pd.DataFrame:
     """Return the rows of `modules` that normalize, with `training` of the late window where the run tells it.
+
+    Where it does not, that of the layer, or what `model.train()` would make of a model in evaluation mode.
 
     Args:
         record: record of one run.
@@ -95,7 +100,7 @@ def norms(record: Record) -> pd.DataFrame:
     frame = frame[frame["norm"].notna()]
     seen = tables.late_medians(tables.table(record, "training", slot="running")).set_index("site")["value"]
     late = seen.reindex([f"{name}/running" for name in frame.index]).to_numpy(float)
-    stated = frame["training"].eq(True).to_numpy()
+    stated = frame["training"].eq(True).to_numpy() | (fact(record, "training") is False)
     return frame.assign(
         training=np.where(np.isnan(late), stated, late != 0),
         **{name: frame[name].eq(True) for name in ("has_running", "crosses", "synchronized")},
@@ -219,9 +224,9 @@ def used(record: Record) -> set[str]:
 def missing(record: Record) -> pd.DataFrame:
     """Return where a normalization layer is missing that others of the same build have.
 
-    Two comparisons: blocks of one class with the same weighted layers, of which at most one in `MOST_LACKING` lacks a
-    norm at a place where the others have one; and layers of one class in a row, of which a single pair, neither the
-    first nor the last, has no norm between.
+    Two comparisons: blocks of one class whose names differ in numbers alone, with the same weighted layers, of which at
+    most one in `MOST_LACKING` lacks a norm at a place where the others have one; and layers of one class in a row, of
+    which a single pair, neither the first nor the last, has no norm between.
 
     Args:
         record: record of one run.
@@ -242,7 +247,8 @@ def _lacking_blocks(record: Record) -> Iterator[tuple[str, tuple[int, bool]]]:
     for block in facts.index:
         if block and block in weighted:
             parent = block.rpartition(".")[0] if classes[block] in _GENERIC else ""
-            alike.setdefault((classes[block], parent, frozenset(weighted[block])), []).append(block)
+            role = re.sub(r"\d+(?=\.|$)", "", block)
+            alike.setdefault((classes[block], parent, role, frozenset(weighted[block])), []).append(block)
     for blocks in alike.values():
         places = {place for block in blocks for place in normed.get(block, ())}
         for place in places if len(blocks) >= _FEWEST else ():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from normscope.core.site import Site
-from normscope.norms.layer import Normalization
+from normscope.norms.layer import Norm, Normalization
 from normscope.norms.recognize import NormParts
 from normscope.probes import normalization, optimizers
 from normscope.probes.noise import crossing
@@ -73,6 +73,7 @@ def _norm(module: nn.Module, parts: NormParts, gain: nn.Parameter | None) -> dic
         "axis": parts.axis,
         "ndim": parts.normalized_ndim,
         "training": module.training,
+        "whitens": isinstance(module, Norm) and module.traits.whitens and module.traits.crosses_batch,
         "synchronized": _is_synchronized(module),
         "computes_in": _computes_in(module, dtype),
     }

@@ -11,8 +11,8 @@ import pandas as pd
 
 from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.core.record import Record
+from normscope.core.table import COLORS
 from normscope.metrics import conditioning, propagation, tables
-from normscope.report.table import COLORS
 from normscope.report.text import SYMBOLS, count, counted, number, printable
 
 _NARROW = 72  # columns below which a finding takes two lines and a layer one bar
@@ -151,7 +151,7 @@ def _findings(findings: Sequence[Finding], style: Style) -> list[str]:
         else:
             rows = [_cut(f"{printable(begin)}  {message}", style.width)]
         if style.color:
-            rows[0] = f"\x1b[{COLORS[finding.verdict]}m{verdict}\x1b[0m{rows[0][len(verdict) :]}"
+            rows[0] = f"\x1b[{COLORS[finding.verdict][0]}m{verdict}\x1b[0m{rows[0][len(verdict) :]}"
         lines += rows
     totals = ", ".join(count(verdict, n) for verdict, n in counted(findings)) or "no findings"
     return [*lines, _cut(totals, style.width)]

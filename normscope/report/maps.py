@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from normscope.core.record import Block, Record
+from normscope.core.table import printable
 from normscope.metrics import tables
-from normscope.report.text import printable
 from normscope.report.thin import edges, paired
 
 COLUMNS = 600

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from normscope.core.finding import Finding
 from normscope.core.record import Record
+from normscope.core.table import SYMBOLS, count, counted, printable
 from normscope.report.layers import COLUMNS, layers
 from normscope.report.summary import events, groups, passed, provenance, runs
-from normscope.report.text import SYMBOLS, count, counted, number, printable, source, words
+from normscope.report.text import number, source, words
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$#])")
 

@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 from normscope.core.figure import Figure
 from normscope.core.finding import Finding
 from normscope.core.record import Record
+from normscope.core.table import SYMBOLS, count, counted, printable
 from normscope.figures import OVERVIEW, figure_for
 from normscope.figures.palette import CURVES, REFERENCE, RULE
 from normscope.figures.run import GRADIENT_NORM, LEARNING_RATE, LOSS
@@ -25,7 +26,7 @@ from normscope.report.layers import COLUMNS, layers
 from normscope.report.maps import PHASES, maps, payload
 from normscope.report.pictures import Picture, picture
 from normscope.report.summary import Group, events, groups, passed, provenance, runs
-from normscope.report.text import SYMBOLS, breakable, count, counted, number, printable, source, words
+from normscope.report.text import breakable, number, source, words
 
 log = logging.getLogger("normscope")
 

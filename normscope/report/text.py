@@ -5,20 +5,10 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Sequence
 
 from normscope.core.errors import ArgumentError
-from normscope.core.finding import Finding, Verdict
 from normscope.core.source import cite
 
-SYMBOLS: dict[Verdict, str] = {
-    Verdict.FAILURE: "✕",
-    Verdict.WARNING: "▲",
-    Verdict.UNDECIDED: "?",
-    Verdict.NOTE: "•",
-    Verdict.OK: "✓",
-}
-_PLURALS = {Verdict.UNDECIDED: "undecided", Verdict.OK: "ok"}
 _SHOWN = 8
 
 
@@ -52,23 +42,6 @@ def number(value: object) -> str:
     return f"{digits}e{int(exponent)}" if exponent else digits
 
 
-def printable(text: str) -> str:
-    """Make control characters, line breaks and direction marks visible, as Python writes them in a string.
-
-    Args:
-        text: any text.
-
-    Returns:
-        A text of one line.
-
-    >>> printable(f"a{chr(0x202E)}b").isascii()
-    True
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def breakable(name: str) -> list[str]:
     """Cut a name after its dots and slashes, where a line may end.
 
@@ -87,29 +60,6 @@ def breakable(name: str) -> list[str]:
 def words(name: str) -> str:
     """Write the name of a number of the evidence as words."""
     return name.replace("_", " ")
-
-
-def count(verdict: Verdict, n: int) -> str:
-    """Say how many findings have a verdict.
-
-    Args:
-        verdict: the verdict.
-        n: how many.
-
-    Returns:
-        Number and word.
-
-    >>> count(Verdict.NOTE, 1), count(Verdict.NOTE, 2), count(Verdict.OK, 3)
-    ('1 note', '2 notes', '3 ok')
-    """
-    plural = _PLURALS.get(verdict, f"{verdict.value}s")
-    return f"{n} {verdict.value if n == 1 else plural}"
-
-
-def counted(findings: Sequence[Finding]) -> list[tuple[Verdict, int]]:
-    """Count the findings of each verdict that occurs, worst first."""
-    counts = [(verdict, sum(finding.verdict is verdict for finding in findings)) for verdict in Verdict]
-    return [(verdict, n) for verdict, n in counts if n]
 
 
 def source(key: str) -> tuple[str, str]:

@@ -20,8 +20,8 @@ from normscope.scope.session import Session
 from normscope.scope.watch import Layers, unwrapped, watch
 
 if TYPE_CHECKING:
-    from normscope.core.finding import Finding
     from normscope.core.record import Record
+    from normscope.core.table import Findings
 
 
 class Scope:
@@ -61,8 +61,8 @@ class Scope:
             return normscope.load(self._path)
         return self._session.store.record()
 
-    def findings(self) -> list[Finding]:
-        """Judge what has been recorded so far: findings, worst first."""
+    def findings(self) -> Findings:
+        """Judge what has been recorded so far: findings, worst first, in a list that prints as a table."""
         return normscope.diagnose(self.record())
 
     def report(self, path: str | Path | None = None) -> Path:

@@ -51,7 +51,7 @@ def watch(
     """
     _check_reduction(reduction)
     chosen = _checked_probes(probes)
-    modules = _selected(model, layers)
+    modules = selected(model, layers)
     norms = {name: parts for name, parts in find_norms(model).items() if name in modules}
     owned = {name: p for name, p in parameters.named(model).items() if _owner(name) in modules}
     check_run(run)
@@ -131,8 +131,8 @@ def _checked_probes(probes: str | Iterable[str] | None) -> tuple[str, ...]:
     return chosen
 
 
-def _selected(model: nn.Module, layers: Layers | None) -> dict[str, nn.Module]:
-    """Return the watched modules by name: no parametrizations, whose outputs are weights."""
+def selected(model: nn.Module, layers: Layers | None = None) -> dict[str, nn.Module]:
+    """Return the watched modules by name, all by default: no parametrizations, whose outputs are weights."""
     modules = {
         name: module
         for name, module in model.named_modules()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import normscope as ns
 from normscope.core.record import Record
-from normscope.report.table import findings_table
+from normscope.core.table import findings_table
 from tests.pathologies import CASES, records
 from tests.pathologies.case import Case
 from tests.pathologies.score import Result, judge, summary

@@ -1,11 +1,12 @@
 """The table of findings for a terminal."""
 
 import re
+from html import escape
 
 import pytest
 
 from normscope.core.finding import Finding, Verdict
-from normscope.report.table import findings_table
+from normscope.core.table import Findings, findings_table
 from tests.report.records import Run, findings_of
 
 
@@ -69,3 +70,23 @@ def test_names_cannot_speak_to_the_terminal():
 
 def test_it_says_when_there_is_none():
     assert findings_table([], 80) == "no findings"
+
+
+def test_findings_print_as_the_table_and_are_a_list(findings, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = Findings(findings)
+    assert repr(shown) == str(shown) == findings_table(findings, 120)
+    assert shown == findings
+    assert repr(Findings()) == "no findings"
+
+
+def test_a_notebook_shows_everything_and_trusts_no_name(findings):
+    html = Findings(findings)._repr_html_()
+    assert html.count("<tr>") == len(findings) + 1
+    for finding in findings:
+        if finding.verdict is not Verdict.OK:
+            assert escape(finding.message) in html
+            assert escape(finding.remedy) in html
+    told = Findings([Finding("a.b", Verdict.NOTE, "<script>", site="<img>", remedy="<b>")])._repr_html_()
+    assert not any(tag in told for tag in ("<script>", "<img>", "<b>"))
+    assert Findings()._repr_html_() == "<p>no findings</p>"
