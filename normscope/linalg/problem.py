@@ -337,7 +337,7 @@ def drops(module: nn.Module) -> bool:
     dropper = "drop" in kind or "stochasticdepth" in kind
     rates = [value for name, value in vars(module).items() if "drop" in name.lower() or (dropper and name == "p")]
     rated = any(isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= 1 for rate in rates)
-    return rated or (not dropper and _drops_in_forward(type(module)))
+    return rated or (not dropper and _drops_in_forward(type(module)))  # type: ignore[arg-type]  # classes can be hashed
 
 
 @functools.cache

@@ -13,11 +13,12 @@ from typing import Any
 import pandas as pd
 
 from normscope.core.finding import Finding, Verdict, worst_first
+from normscope.core.table import SYMBOLS, count, counted, printable
 from normscope.figures.palette import CURVES, REFERENCE, RULE
 from normscope.metrics.gap import BATCH, GIVEN, RUNNING, TARGET, TRAINING, Measurements, ranking, table
 from normscope.report.page import environment, template
 from normscope.report.summary import passed
-from normscope.report.text import SYMBOLS, count, counted, number, printable
+from normscope.report.text import number
 from normscope.report.write import json_beside, write_texts
 
 WORDS = {

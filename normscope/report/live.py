@@ -11,9 +11,9 @@ import pandas as pd
 
 from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.core.record import Record
-from normscope.core.table import COLORS
+from normscope.core.table import COLORS, SYMBOLS, count, counted, printable
 from normscope.metrics import conditioning, propagation, tables
-from normscope.report.text import SYMBOLS, count, counted, number, printable
+from normscope.report.text import number
 
 _NARROW = 72  # columns below which a finding takes two lines and a layer one bar
 _FINDINGS = 6

@@ -84,7 +84,7 @@ class _Order:
     def __init__(self, norms: Mapping[str, NormParts], store: Store) -> None:
         self._store, self._sites = store, 0
         turns = Factors(1, True, False, False)
-        self.activations = Activations(norms, {"normalization"}, turns, self.on_site, self._on_failure)
+        self.activations = Activations(norms, {"normalization"}, turns, self.on_site, self._on_failure, lambda: None)
 
     def on_pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> None:
         """Begin the pass."""
