@@ -225,8 +225,8 @@ def missing(record: Record) -> pd.DataFrame:
     """Return where a normalization layer is missing that others of the same build have.
 
     Two comparisons: blocks of one class whose names differ in numbers alone, with the same weighted layers, of which at
-    most one in `MOST_LACKING` lacks a norm at a place where the others have one; and layers of one class in a row, of
-    which a single pair, neither the first nor the last, has no norm between.
+    most one in `MOST_LACKING`, and no whole stage, lacks a norm at a place where the others have one; and layers of one
+    class in a row, of which a single pair, neither the first nor the last, has no norm between.
 
     Args:
         record: record of one run.
@@ -235,8 +235,9 @@ def missing(record: Record) -> pd.DataFrame:
         A row a place: module (where it is missed: the name that it would have, or the layer before the place), alike
         (how many have it), end (whether it is missing at the first or the last of them).
     """
-    rows = dict(_lacking_blocks(record)) | dict(_lacking_gaps(record))
-    places = [(place, *facts) for place, facts in rows.items()]
+    lacking, normed = dict(_lacking_blocks(record)), [str(name) for name in norms(record).index]
+    alone = {place: facts for place, facts in lacking.items() if not _by_design(place, lacking, normed)}
+    places = [(place, *facts) for place, facts in (alone | dict(_lacking_gaps(record))).items()]
     return pd.DataFrame(places, columns=["module", "alike", "end"])
 
 
@@ -252,10 +253,29 @@ def _lacking_blocks(record: Record) -> Iterator[tuple[str, tuple[int, bool]]]:
     for blocks in alike.values():
         places = {place for block in blocks for place in normed.get(block, ())}
         for place in places if len(blocks) >= _FEWEST else ():
-            lacking = [i for i, block in enumerate(blocks) if place not in normed.get(block, ())]
+            lacking = [block for block in blocks if place not in normed.get(block, ())]
             if 0 < len(lacking) <= max(1, len(blocks) // MOST_LACKING):
-                for i in lacking:
-                    yield f"{blocks[i]}.{place}", (len(blocks) - len(lacking), i in (0, len(blocks) - 1))
+                for block in lacking:
+                    yield f"{block}.{place}", (len(blocks) - len(lacking), block in (blocks[0], blocks[-1]))
+
+
+def _by_design(place: str, lacking: Iterable[str], present: Iterable[str]) -> bool:
+    """Tell whether a norm is missing wherever one number of its path is another, as in a whole stage."""
+    mates: dict[int, set[str]] = {}
+    for other in {*lacking, *present}:
+        at = _only_number(place.split("."), other.split("."))
+        if at is not None:
+            mates.setdefault(at, set()).add(other)
+    return any(found <= set(lacking) for found in mates.values())
+
+
+def _only_number(path: Sequence[str], other: Sequence[str]) -> int | None:
+    """Return at which part two paths differ, where that is one and they differ in its number alone."""
+    apart = [i for i, pair in enumerate(zip(path, other, strict=False)) if pair[0] != pair[1]]
+    if len(path) != len(other) or len(apart) != 1:
+        return None
+    one, two = (re.sub(r"\d+$", "", parts[apart[0]]) for parts in (path, other))
+    return apart[0] if one == two else None
 
 
 def _lacking_gaps(record: Record) -> Iterator[tuple[str, tuple[int, bool]]]:

@@ -211,6 +211,16 @@ def test_a_branch_that_is_not_taken_is_a_note():
     assert (found.verdict, found.site) == (NOTE, "aux.1/output")
 
 
+def test_a_stage_built_in_another_way_is_no_block_that_lacks_a_norm():
+    def stages(lacking):
+        blocks = [[Block(bn() if (i, k) not in lacking else nn.Identity()) for k in range(3)] for i in range(5)]
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(*[nn.Sequential(*some) for some in blocks]))
+
+    assert only(structure.missing_norm(attached(stages({(2, 0), (2, 1), (2, 2)})))).verdict is OK
+    found = only(structure.missing_norm(attached(stages({(2, 0), (3, 1)}))))
+    assert (found.verdict, found.sites) == (WARNING, ("1.2.0.norm/output", "1.3.1.norm/output"))
+
+
 def test_one_gap_among_layers_in_a_row():
     def chain(without):
         layers = []
