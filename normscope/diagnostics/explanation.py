@@ -22,11 +22,13 @@ from normscope.diagnostics import (
     run,
     scale,
     structure,
+    training,
 )
 from normscope.diagnostics.rule import Rule
 
 SUBJECTS: Mapping[str, str] = {
     "run": "is the record complete, and did training last",
+    "training": "the loop: which weights it moves, how far, from which start",
     "propagation": "signal and gradient through depth",
     "conditioning": "covariance spectra of inputs and gradients",
     "curvature": "the Hessian of the loss",
@@ -45,6 +47,14 @@ COMPARED: Mapping[str, str] = {
     "run.unmeasured": "outputs that were not measured",
     "run.skipped-steps": "fraction of skipped steps in the later half of the run",
     "run.no-normalization": "normalization layers",
+    "training.uncleared-gradients": "share of a gradient that the step before has left",
+    "training.learning-rate": "length of a step over the norm of the median weight",
+    "training.untrained": "parameters that an optimizer holds and no step moves",
+    "training.clipping": "fraction of steps whose gradient norm is the bound",
+    "training.input-scale": "rms of the first weighted layer's input",
+    "training.initial-loss": "first loss over that of a uniform guess",
+    "training.stuck-weights": "fraction of entries in half precision that a step does not move",
+    "training.decay": "steps over which a decayed weight averages its updates",
     "propagation.signal-exploding": "rms of the output of the last layer over that of the first, or of late over early",
     "propagation.signal-vanishing": "rms of the output, or its spread over inputs, of the first layer over the last",
     "propagation.gradient-exploding": "gradient norm of the first layer over that of the last, or of late over early",
@@ -158,7 +168,7 @@ def explain(name: str) -> Explanation:
 
 def explanations() -> dict[str, Explanation]:
     """Return the explanations of all findings by id, in the order in which they are judged."""
-    modules = (run, propagation, conditioning, curvature, scale, noise, mismatch, structure, optimizer)
+    modules = (run, training, propagation, conditioning, curvature, scale, noise, mismatch, structure, optimizer)
     rules = {rule.id: rule for module in modules for rule in vars(module).values() if isinstance(rule, Rule)}
     return {id_of(judge): _explained(judge, rules[id_of(judge)]) for judge in DIAGNOSTICS}
 

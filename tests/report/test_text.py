@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from normscope.report.text import number, printable, source
+from normscope.core.table import printable
+from normscope.report.text import number, source
 
 
 @pytest.mark.parametrize(
