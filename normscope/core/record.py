@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,24 @@ class Record:
         names = ", ".join(map(repr, self.names)) or "no run"
         seen = self.context["step"].nunique() if len(self.context) else 0
         return f"Record({names}: {seen} steps, {len(self.steps)} sampled, {len(self.sites)} sites, {values:,} values)"
+
+    def _repr_html_(self) -> str:
+        """Show what was recorded at which slots, in a notebook."""
+        slots: dict[tuple[str, str, str], list[str]] = {}
+        for block in self.blocks:
+            found = slots.setdefault((block.phase, block.site.rpartition("/")[2], block.role), [])
+            found += [stat for stat in block.stats if stat not in found]
+        rows = "".join(
+            f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in (*key, ', '.join(stats)))}</tr>"
+            for key, stats in sorted(slots.items())
+        )
+        head = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("phase", "slot", "role", "statistics"))
+        return f"<p>{escape(repr(self))}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+    @property
+    def stats(self) -> tuple[str, ...]:
+        """Names of all statistics that were recorded anywhere, sorted; see `wide`, `series` and `select`."""
+        return tuple(sorted({name for block in self.blocks for name in block.stats}))
 
     def frame(self, index: bool = False) -> pd.DataFrame:
         """Return all values as a tidy frame.
@@ -230,7 +249,11 @@ class Record:
 
         Returns:
             float32 frame; NaN where a site was not measured at a step.
+
+        Raises:
+            ArgumentError: if no such statistic was recorded.
         """
+        self._check_stat(stat)
         columns: dict[str, list[pd.Series]] = {}
         for block in self.blocks:
             slot_matches = fnmatchcase(block.site.rpartition("/")[2], slot)
@@ -272,9 +295,8 @@ class Record:
         return str(run)
 
     def _check_stat(self, stat: str) -> None:
-        known = {name for block in self.blocks for name in block.stats}
-        if known and stat not in known:
-            raise unknown_name("stat", stat, sorted(known))
+        if self.blocks and stat not in self.stats:
+            raise unknown_name("stat", stat, self.stats, "record.stats lists them.")
 
     def _check_site(self, site: str) -> None:
         known = set(self.sites["site"]) if len(self.sites) else set()

@@ -134,6 +134,19 @@ def test_wide_is_in_the_order_of_execution():
     assert list(record().wide("rms", role="gradient")) == ["b.norm/output"]
 
 
+def test_a_statistic_that_was_not_recorded_names_those_that_were():
+    assert record().stats == ("rms", "rms.max")
+    with pytest.raises(ArgumentError, match=r"stat='rsm' is unknown; did you mean 'rms'"):
+        record().wide("rsm")
+
+
+def test_a_notebook_shows_what_was_recorded_where():
+    html = record("a<b")._repr_html_()
+    assert "<td>train</td><td>output</td><td>value</td><td>rms, rms.max</td>" in html
+    assert "a&lt;b" in html
+    assert "a<b" not in html
+
+
 def test_join_and_runs():
     both = join([record("a"), record("b", scale=2.0)])
     assert both.names == ("a", "b")
