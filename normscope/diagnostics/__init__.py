@@ -35,6 +35,7 @@ DIAGNOSTICS: tuple[Diagnostic, ...] = (
     run.diverged,
     run.probe_failed,
     run.unmeasured,
+    run.compiled,
     run.skipped_steps,
     run.no_normalization,
     training.uncleared_gradients,

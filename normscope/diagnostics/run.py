@@ -45,6 +45,15 @@ UNMEASURED = Rule(
     cause="The layer returns integers, complex, sparse or empty tensors.",
     remedy="To measure such a layer, return its real parts as a tensor of their own.",
 )
+COMPILED = Rule(
+    id="run.compiled",
+    threshold=0.0,
+    threshold_source="identity: a compiled model runs no hook",
+    source="huang2020",
+    cause="torch.compile leaves the hooks of modules out of what it compiles, so that they cost nothing.",
+    remedy="To have activations measured too, run sampled steps uncompiled: with torch.compiler.set_stance("
+    "'force_eager' if step % every == 0 else 'default') around each step; or compile blocks instead of the whole.",
+)
 SKIPPED_STEPS = Rule(
     id="run.skipped-steps",
     threshold=MOSTLY_SKIPPED,
@@ -166,6 +175,22 @@ def unmeasured(record: Record) -> list[Finding]:
         cause=None if len(left) else "The model runs in a way that the record sums up.",
         remedy=None if len(left) else "Read the statistics of these layers with this in mind.",
     )
+
+
+def compiled(record: Record) -> list[Finding]:
+    """Judge whether activations are missing because the model runs compiled.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        One finding, none where it does not.
+    """
+    events = record.events[record.events["kind"] == "compiled"] if "kind" in record.events else record.events.iloc[:0]
+    if not len(events):
+        return []
+    message, step = str(events["message"].iloc[0]), int(events["step"].iloc[0])
+    return COMPILED.found(Verdict.NOTE, f"{message[0].upper()}{message[1:]}.", step=step)
 
 
 def skipped_steps(record: Record) -> list[Finding]:

@@ -6,6 +6,7 @@ layer. A hook returns None, raises nothing, and does nothing in a copy or a pick
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import MappingProxyType
@@ -66,6 +67,8 @@ class _PassHook(_Hook):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
+        if torch.compiler.is_compiling():  # first: a compiler that traces sees an empty hook and guards nothing
+            return
         if module is self.root and not is_silent(self.watcher) and not _transformed():
             with _outside_modes():
                 self.watcher.on_pass(args, kwargs, module.training)
@@ -76,6 +79,8 @@ class _ForwardHook(_Hook):
         self.watcher, self.name, self.module = watcher, name, module
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if self.watcher.active and module is self.module and not is_silent(self.watcher) and not _transformed():
             *kwargs, output = rest  # tools that move hooks between modules lose their with_kwargs mark
             with _outside_modes():
@@ -124,6 +129,12 @@ def _transformed() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or (torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_FAKE) is not None)
     )
+
+
+def compiled() -> bool:
+    """Tell whether torch.compile has compiled anything in this process."""
+    known = sys.modules.get("torch._dynamo.utils")  # not imported here: it takes a second
+    return known is not None and known.counters["frames"]["ok"] > 0
 
 
 def in_backward() -> bool:

@@ -67,6 +67,10 @@ class Normalization:
                     found[f"{name}/{part}"] = tensor.detach()
         return found
 
+    def running(self) -> dict[str, torch.Tensor]:
+        """Return a copy of the running statistics of every layer that has them, [2, C]."""
+        return {name: running(self._modules[name]) for name, parts in self._norms.items() if parts.has_running}
+
     def rows(
         self,
         inputs: Mapping[str, np.ndarray],

@@ -212,11 +212,12 @@ def _number(argument: str, value: Any) -> Any:
 
 def _inner(optimizer: Any) -> Any:
     """Return the optimizer behind a wrapper without step hooks of its own, as those of Accelerate and Lightning."""
-    inner, hooks = getattr(optimizer, "optimizer", None), "_optimizer_step_pre_hooks"
-    if isinstance(inner, torch.optim.Optimizer) and hasattr(inner, hooks):
-        theirs = getattr(inner, hooks)
-        return _inner(inner) if getattr(optimizer, hooks, theirs) is theirs else optimizer
-    return optimizer
+    wrapped = getattr(optimizer, "optimizer", None)
+    if not isinstance(wrapped, torch.optim.Optimizer):
+        return optimizer
+    inner = _inner(wrapped)
+    theirs = getattr(inner, "_optimizer_step_pre_hooks", None)
+    return inner if getattr(optimizer, "_optimizer_step_pre_hooks", theirs) is theirs else optimizer
 
 
 def _checked_optimizers(model: nn.Module, optimizer: object) -> tuple[torch.optim.Optimizer, ...]:

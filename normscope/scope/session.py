@@ -20,7 +20,7 @@ from normscope.core.site import Site
 from normscope.core.store import Store
 from normscope.linalg.problem import Problem
 from normscope.norms.recognize import NormParts
-from normscope.probes import layout, optimizers, summary
+from normscope.probes import hooks, layout, optimizers, summary
 from normscope.probes.activations import Activations, Measured, on_host
 from normscope.probes.factors import Factors
 from normscope.probes.normalization import MAX_CHANNELS, Normalization
@@ -44,9 +44,10 @@ SUBJECTS: Mapping[str, tuple[str, ...]] = {  # in the order in which they are to
 _PATIENCE = 100  # repeated steps of one optimizer before the others are asked for
 _FLUSH_STEPS = 256  # contexts of steps that wait for a sampled step at most
 _GIVE_UP_ROWS = 500_000  # rows that wait for a full disk before they are dropped
-_UNHEARD = (
-    "no activation: no watched module ran as a module with gradient. A compiled model runs no hook that was added "
-    "after compiling: attach before torch.compile, or train the model uncompiled for some steps."
+_UNHEARD = "no activation: no watched module ran as a module with gradient"
+_COMPILED = (
+    "the model runs compiled, where no hook fires: parameters, gradients, updates, gains and running statistics are "
+    "recorded, activations are not"
 )
 
 
@@ -411,9 +412,11 @@ class Session:
         for site, message in self._activations.notes:
             self.store.event(self.step, "note", site, message)
         self._activations.notes.clear()
+        if self._activations.blind and "normalization" in self._probes:
+            running = self._normalization.running()
         if self._activations.blind and "moments" in self._probes and not self._unheard:
             self._unheard = True
-            self.store.event(self.step, "unmeasured", "", _UNHEARD)
+            self._tell_unheard()
         vectors = self._normalization.vectors() if "normalization" in self._probes else {}
         norms = self._parameters.states()
         drawn = self._stream.states()
@@ -433,6 +436,14 @@ class Session:
         self._submit(measured, states)
         rows += self._normalization.rows(inputs, self._activations.owners, kept, calls, whole)
         return summary.joined(rows)
+
+    def _tell_unheard(self) -> None:
+        """Say that no hook of a module has fired, and whether a compiler is the reason."""
+        if hooks.compiled():
+            log.warning("normscope: %s. See the finding run.compiled.", _COMPILED)
+            self.store.event(self.step, "compiled", "", _COMPILED)
+        else:
+            self.store.event(self.step, "unmeasured", "", _UNHEARD)
 
     def _submit(self, measured: Sequence[Measured], states: Sequence[np.ndarray]) -> None:
         pairs = zip(measured, states, strict=True)
