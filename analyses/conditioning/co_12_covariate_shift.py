@@ -117,8 +117,8 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             f"{statistic}, {DEEP}",
             by_seed(frame, lambda part: difference(part, DEEP, "cosine")),
             0.2,
-            reason="Without BatchNorm the gradient of the deep network turns far at each step (CO-9), and so does that of "
-            "a layer when those before it step.",
+            reason="Without BatchNorm the gradient of the deep network turns far at each step (CO-9), with the layers "
+            "before it.",
         ),
         at_least(
             "The network with BatchNorm trains better all the same.",

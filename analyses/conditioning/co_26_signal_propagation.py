@@ -21,8 +21,8 @@ ID = "CO-26"
 TITLE = "Signal propagation in residual networks, and how to do without normalization"
 SOURCES = ("S087",)
 CAPTION = (
-    "Pre-activation residual CNNs (32 channels, blocks of two 3x3 convolutions, He initialization) on 64 MNIST digits "
-    "of 14x14 at initialization, block by block. (a) Variance of a channel over batch and positions, mean over "
+    "Pre-activation residual CNNs (64 channels, blocks of two 3x3 convolutions, He initialization) on 64 MNIST digits "
+    "of 7x7 at initialization, block by block. (a) Variance of a channel over batch and positions, mean over "
     "channels: doubled by each block without normalization, with BatchNorm larger by a constant. Scaled weight "
     "standardization with the input of a branch divided by the predicted deviation behaves as with BatchNorm, without "
     "it; (b) without the standardization the squared mean of channels grows beside the variance."
@@ -60,7 +60,7 @@ class Setting:
     """Blocks, channels, images."""
 
     blocks: int = 12
-    channels: int = 32
+    channels: int = 64
     images: int = 64
 
 
@@ -73,7 +73,7 @@ def run(setting: Setting, seed: int) -> pd.DataFrame:
     """Examine each network at initialization."""
     images, labels = workbench.mnist()
     (images, labels), _ = workbench.split(images, labels, seed)
-    small = F.avg_pool2d(images[: setting.images], 2)
+    small = F.avg_pool2d(images[: setting.images], 4)
     batch = (small - small.mean()) / small.std(), labels[: setting.images]
     parts = []
     for network in NETWORKS:
@@ -134,6 +134,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             by_seed(of(NONE), slope),
             1.0,
             tolerance=0.15,
+            reason="Few channels: the second moment of one network wanders about the mean over networks.",
         ),
         at_least(
             "With BatchNorm the variance grows linearly.",
