@@ -248,10 +248,8 @@ class Record:
             phase: "train", "batch", "population" or "noise".
 
         Returns:
-            float32 frame; NaN where a site was not measured at a step.
-
-        Raises:
-            ArgumentError: if no such statistic was recorded.
+            float32 frame; NaN where a site was not measured at a step. A statistic that was not recorded is an
+            ArgumentError.
         """
         self._check_stat(stat)
         columns: dict[str, list[pd.Series]] = {}

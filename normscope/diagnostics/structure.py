@@ -256,8 +256,8 @@ def never_reached(record: Record) -> list[Finding]:
     sure = bool(alone) and metrics.fact(record, "training") is not False
     return NEVER_REACHED.found(
         Verdict.WARNING if sure else Verdict.NOTE,
-        f"{sites[0]} was never called in a forward pass; {len(left)} of {count(len(layers), 'normalization layer')} "
-        "were not (threshold 0).",
+        f"{sites[0]} was never called in a forward pass; so {len(left)} of "
+        f"{count(len(layers), 'normalization layer')} (threshold 0).",
         sites=_sites(sites, "output"),
         evidence={"left_out": len(left), "layers": len(layers)},
         cause=None if alone else "The modules around did not run: a branch that this pass does not take.",

@@ -237,8 +237,9 @@ def missing(record: Record) -> pd.DataFrame:
     """
     lacking, normed = dict(_lacking_blocks(record)), [str(name) for name in norms(record).index]
     alone = {place: facts for place, facts in lacking.items() if not _by_design(place, lacking, normed)}
-    places = [(place, *facts) for place, facts in (alone | dict(_lacking_gaps(record))).items()]
-    return pd.DataFrame(places, columns=["module", "alike", "end"])
+    found, order = alone | dict(_lacking_gaps(record)), {str(name): i for i, name in enumerate(modules(record).index)}
+    places = sorted(found, key=lambda place: (next(order[name] for name in _upward(place) if name in order), place))
+    return pd.DataFrame([(place, *found[place]) for place in places], columns=["module", "alike", "end"])
 
 
 def _lacking_blocks(record: Record) -> Iterator[tuple[str, tuple[int, bool]]]:
@@ -307,6 +308,10 @@ def _inside(names: Iterable[str]) -> dict[str, set[str]]:
         for outer in _around(name):
             found.setdefault(outer, set()).add(name[len(outer) + 1 :])
     return found
+
+
+def _upward(name: str) -> Iterator[str]:
+    yield from (name, *_around(name), "")
 
 
 def _around(name: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ from torch import nn
 
 import normscope as ns
 from normscope.core.finding import Verdict
-from normscope.diagnostics import optimizer, structure
+from normscope.diagnostics import DIAGNOSTICS, optimizer, structure
 from tests.diagnostics.test_propagation import only
 from tests.metrics.records import Network
 
@@ -297,13 +297,7 @@ def test_a_layer_that_computes_in_float16_loses_a_tiny_eps():
 
 
 @pytest.mark.parametrize(
-    "diagnostic",
-    [
-        d
-        for m in (structure, optimizer)
-        for d in vars(m).values()
-        if getattr(d, "__module__", "") == m.__name__ and not d.__name__.startswith("_")
-    ],
+    "diagnostic", [d for d in DIAGNOSTICS if d.__module__ in (structure.__name__, optimizer.__name__)]
 )
 def test_a_record_without_structure_gets_nothing(diagnostic):
     assert diagnostic(Network().record()) == []
