@@ -10,7 +10,7 @@ from normscope.core.record import Record
 from normscope.diagnostics.rule import Rule
 from normscope.diagnostics.words import count
 from normscope.metrics import conditioning as metrics
-from normscope.metrics import tables
+from normscope.metrics import scale, tables
 
 # origin of each threshold: the `threshold_source` of the rule that uses it
 INPUT_KAPPA = 2e4  # kappa_50 of a hidden layer's input
@@ -163,12 +163,18 @@ def curvature_dominated(record: Record) -> list[Finding]:
             f"{DOMINANCE:g}).",
             evidence,
         )
+    rules = set(scale.weights(record)["rule"])
+    adaptive = bool(rules) and rules <= {"adam", "muon"}
     return CURVATURE.found(
-        Verdict.WARNING,
+        Verdict.NOTE if adaptive else Verdict.WARNING,
         f"{found.site}: the curvature of this layer, the largest eigenvalue of its Fisher matrix, is {ratio:.3g} times "
         f"that of the median layer (threshold {DOMINANCE:g}; {numbers}).",
         sites=[found.site],
         evidence=evidence,
+        remedy="Nothing while an optimizer that scales each parameter's step trains; SGD would need a smaller learning "
+        "rate for this layer."
+        if adaptive
+        else None,
     )
 
 

@@ -12,7 +12,7 @@ from normscope.core.record import Record
 from normscope.diagnostics.rule import Evidence, Rule
 from normscope.diagnostics.words import count
 from normscope.metrics import curvature as metrics
-from normscope.metrics import run
+from normscope.metrics import run, tables
 
 # origin of each threshold: the `threshold_source` of the rule that uses it
 EDGE = 1.0  # sharpness over its value at the edge of stability
@@ -101,6 +101,8 @@ def edge_of_stability(record: Record) -> list[Finding]:
             step=step,
             evidence=evidence | {"stable_lr": float(rate)},
         )
+    if step == 0 and not tables.at_rest(record):
+        return EDGE_OF_STABILITY.ok(f"{said}; before training that decides nothing.", evidence)
     if last["ratio"] > NEAR:
         return replace(EDGE_OF_STABILITY, threshold=NEAR).found(
             Verdict.NOTE,

@@ -45,6 +45,7 @@ COMPARED: Mapping[str, str] = {
     "run.diverged": "last steps whose loss or gradient is not finite",
     "run.probe-failed": "probes that failed",
     "run.unmeasured": "outputs that were not measured",
+    "run.compiled": "outputs of compiled modules that were measured",
     "run.skipped-steps": "fraction of skipped steps in the later half of the run",
     "run.no-normalization": "normalization layers",
     "training.uncleared-gradients": "share of a gradient that the step before has left",

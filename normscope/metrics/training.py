@@ -12,6 +12,7 @@ from normscope.core.record import Record
 from normscope.metrics import scale, tables
 
 START = 3  # sampled steps that count as the start
+IDLE = 0.01  # of the largest learning rate
 PINNED = 1e-3  # relative distance from the largest gradient norm below which a step counts as clipped
 
 
@@ -64,6 +65,22 @@ def rates(record: Record) -> Rates | None:
         steps=steps,
         fastest=str(fastest.idxmax()) if len(fastest) else "",
     )
+
+
+def idle(record: Record) -> tuple[int | None, float]:
+    """Return from which step on the learning rate stays below `IDLE` of its largest value, and the share of the run.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        The first such sampled step, None where the last one is above, and the share of sampled steps from it on.
+    """
+    rates = record.context.reindex(columns=["step", "lr"]).astype(float).groupby("step")["lr"].max().dropna()
+    if not len(rates) or not rates.max() > 0:
+        return None, 0.0
+    since = tables.onset(rates < IDLE * rates.max())
+    return since, 0.0 if since is None else float((rates.index >= since).mean())
 
 
 class Losses(NamedTuple):
@@ -179,7 +196,7 @@ class Inputs(NamedTuple):
 
 
 def inputs(record: Record) -> Inputs | None:
-    """Return the scale of the first weighted layer's input; None where it is unknown or a normalization comes before.
+    """Return the scale of the first weighted layer's input; None where that is unknown, or not the model's own input.
 
     Args:
         record: record of one run.
@@ -191,8 +208,9 @@ def inputs(record: Record) -> Inputs | None:
     if not whole.shape[1]:
         return None
     site = str(whole.columns[0])
-    norms = known[known["norm"].notna()]["order"]
-    if len(norms) and norms.min() < known["order"].get(site, math.inf):
+    embeds = known["class"].astype(str).str.contains("Embedding")
+    before = known[known["norm"].notna() | embeds]["order"]
+    if len(before) and before.min() < known["order"].get(site, math.inf):
         return None
     columns = [frame[site].dropna() for frame in (whole, spread, width) if site in frame]
     if len(columns) < 3 or not all(len(column) for column in columns):
