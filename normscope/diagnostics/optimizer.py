@@ -89,7 +89,7 @@ def missing_parameters(record: Record) -> list[Finding]:
     of_norms = f", {norms} of normalization layers among them" if norms else ""
     said = f"{left[0]} and {len(left) - 1} others" if len(left) > 1 else left[0]
     said += f" of {count(len(frame), 'trainable parameter')}{of_norms}: in no optimizer (threshold 0)"
-    if isinstance(copies, int) and copies >= len(left):
+    if isinstance(copies, int) and copies >= len(left) and not held.any():  # else a layer that was replaced
         return MISSING_PARAMETERS.undecided(
             f"{said}; the optimizer holds {copies} tensors that are not the model's, perhaps copies of them.",
             "Nothing to do where the optimizer keeps float32 copies; else make it from model.parameters().",

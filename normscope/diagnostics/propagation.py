@@ -15,7 +15,7 @@ from normscope.diagnostics.depth import FACTOR, FACTOR_SOURCE, SEVERE_FACTOR, ov
 from normscope.diagnostics.rule import Rule
 from normscope.diagnostics.words import count
 from normscope.metrics import propagation as metrics
-from normscope.metrics import run, tables
+from normscope.metrics import run, tables, training
 
 # origin of each threshold: the `threshold_source` of the rule that uses it
 DEAD = 0.5  # fraction of channels that never fire
@@ -266,12 +266,14 @@ def saturated_units(record: Record) -> list[Finding]:
             f"{len(beyond)} of {len(frame)} hidden bounded activations.",
             evidence,
         )
+    since = tables.onset(tables.table(record, "saturated")[site].dropna() > SATURATED)
+    grown = bool(since) and training.learned(record)  # weights of a solved problem grow until its units saturate
     return SATURATED_UNITS.found(
-        Verdict.FAILURE if value > units.NEARLY_ALL else Verdict.WARNING,
+        Verdict.NOTE if grown else Verdict.FAILURE if value > units.NEARLY_ALL else Verdict.WARNING,
         f"{site}: {value:.0%} of the values are within 1 % of the ends of the range (threshold {SATURATED:.0%}); "
         f"{len(beyond)} of {len(frame)} hidden bounded activations are beyond it.",
         sites=beyond["site"].tolist(),
-        step=tables.onset(tables.table(record, "saturated")[site].dropna() > SATURATED),
+        step=since,
         evidence=evidence,
     )
 

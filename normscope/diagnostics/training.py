@@ -133,7 +133,7 @@ def learning_rate(record: Record) -> list[Finding]:
     said = f"A step moves the median weight by {step:.2g} of its norm at most"
     if step > STEP and not rates.growth < GROWN:
         return LEARNING_RATE.found(
-            Verdict.WARNING,
+            Verdict.NOTE if metrics.learned(record) else Verdict.WARNING,
             f"{said} (threshold {STEP:g}), and its norm has grown {fold(rates.growth)} in {rates.steps} steps "
             f"(threshold {GROWN:g}-fold); {rates.fastest} moves fastest."
             if math.isfinite(rates.growth)

@@ -13,6 +13,7 @@ from normscope.metrics import scale, tables
 
 START = 3  # sampled steps that count as the start
 IDLE = 0.01  # of the largest learning rate
+LEARNED = 0.1  # of the loss at the start
 PINNED = 1e-3  # relative distance from the largest gradient norm below which a step counts as clipped
 
 
@@ -111,6 +112,19 @@ def losses(record: Record) -> Losses | None:
         return None
     start = loss.head(max(3, len(loss) // 10))
     return Losses(float(loss.iloc[0]), float(start.median()), float(tables.late(loss).median()), len(loss))
+
+
+def learned(record: Record) -> bool:
+    """Tell whether the loss has come down to less than `LEARNED` of what it was.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        Whether it has; False where it is unknown.
+    """
+    found = losses(record)
+    return found is not None and 0 <= found.late < LEARNED * found.start
 
 
 def untrained(record: Record) -> pd.DataFrame:

@@ -438,6 +438,12 @@ def forgotten(name: str) -> Defect:
     return change
 
 
+def ended_schedule(setup: Setup) -> None:
+    """Step a schedule for 20 epochs once a batch."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(setup.optimizers[0], lambda step: max(0.0, 1 - step / 20))
+    setup.after.append(lambda step: schedule.step())
+
+
 def clipped(at: float) -> Defect:
     """Clip the gradient norm."""
 
@@ -521,6 +527,7 @@ BROKEN: tuple[Case, ...] = (
     Case("rate-30x-cnn", "cnn", cnn, with_rate(30), RATE),
     Case("rate-30x-mlp", "mlp", MLP_NONE, with_rate(30), RATE),
     Case("rate-30x-transformer", "transformer", transformer, with_rate(30), RATE),
+    Case("schedule-ended", "cnn", cnn, ended_schedule, ("training.learning-rate",)),
     Case("rate-low-cnn", "cnn", cnn, with_rate(1e-5), ("training.learning-rate",)),
     Case("rate-low-transformer", "transformer", LM_RMS, with_rate(1e-4), ("training.learning-rate",)),
     Case("exploding-init", "mlp", DEEP, scaled_init(10), SIGNAL + GRADIENT),
