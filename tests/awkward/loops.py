@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -190,6 +191,50 @@ def averaged_copy() -> Job:
         copies[0](torch.randn(3, 6)).sum().backward()
 
     return Job(model, base.optimizers, step)
+
+
+def moving_average() -> Job:
+    """An exponential moving average of the weights, kept by torch's own copy and run between the steps."""
+    model = mlp()
+    base = job(model, 8, 6)
+    copies: list[AveragedModel] = []
+
+    def step() -> None:
+        base.step()
+        copies[:] = copies or [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)]
+        copies[0].update_parameters(model)
+        copies[0](torch.randn(3, 6)).sum().backward()
+
+    return Job(model, base.optimizers, step)
+
+
+def clipping() -> Job:
+    model = mlp()
+    optimizer = sgd(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss_of(model(torch.randn(8, 6))).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+
+    return Job(model, (optimizer,), step)
+
+
+def adapted() -> Job:
+    """The loss is that of weights after a step of their own, put into the model by a functional call."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    optimizer = sgd(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        x, parameters = torch.randn(8, 6), dict(model.named_parameters())
+        slopes = torch.autograd.grad(loss_of(model(x)), list(parameters.values()), create_graph=True)
+        moved = {name: p - 0.1 * slope for (name, p), slope in zip(parameters.items(), slopes, strict=True)}
+        loss_of(torch.func.functional_call(model, moved, (x,))).backward()
+        optimizer.step()
+
+    return Job(model, (optimizer,), step)
 
 
 def evaluation_with_gradients() -> Job:
