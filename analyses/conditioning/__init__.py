@@ -29,7 +29,6 @@ from analyses.conditioning import (
     co_21_length_and_direction,
     co_22_minimum_norm,
     co_23_fisher_and_gamma,
-    co_24_spheres,
     co_25_weight_norm_kernel,
     co_26_signal_propagation,
 )
@@ -58,7 +57,6 @@ SCRIPTS: Final[tuple[ModuleType, ...]] = (
     co_21_length_and_direction,
     co_22_minimum_norm,
     co_23_fisher_and_gamma,
-    co_24_spheres,
     co_25_weight_norm_kernel,
     co_26_signal_propagation,
 )
