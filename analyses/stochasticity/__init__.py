@@ -16,6 +16,7 @@ from analyses.stochasticity import (
     st_08_population,
     st_09_uncertainty,
     st_10_prediction_time,
+    st_11_enhancement,
 )
 
 SCRIPTS: Final[tuple[ModuleType, ...]] = (
@@ -29,4 +30,5 @@ SCRIPTS: Final[tuple[ModuleType, ...]] = (
     st_08_population,
     st_09_uncertainty,
     st_10_prediction_time,
+    st_11_enhancement,
 )

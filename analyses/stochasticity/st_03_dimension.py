@@ -31,10 +31,10 @@ COLUMNS = ("operation", "features", "snd", "predicted", "residual")
 class Setting:
     """What is measured: dimensions, samples of the population, batch size, draws a sample."""
 
-    features: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
-    samples: int = 20_000
+    features: tuple[int, ...] = (8, 16, 32, 64, 128)
+    samples: int = 10_000
     batch: int = 1024
-    draws: int = 20
+    draws: int = 12
 
 
 def setting(fast: bool) -> Setting:
