@@ -197,10 +197,13 @@ def _mode(m: Measurements) -> list[Finding]:
     """Judge in which mode the model was handed over."""
     gain = m.gain(GIVEN)
     norms = f"{len(m.training)} of {count(len(m.norms), 'norm')}"
-    if gain is None:
+    if not (m.training or m.dropping):
         return MODE.ok(f"The model was handed over in evaluation mode: {norms} in training mode.")
     dropping = f" and {count(m.dropping, 'dropout module')}" if m.dropping else ""
     said = f"The model was handed over with {norms}{dropping} in training mode"
+    if gain is None:
+        why = m.missing.get(GIVEN, "")
+        return MODE.found(Verdict.WARNING, f"{said}; as it was, it could not be measured: {why}.", sites=m.training)
     said = f"{said}; as it was, {_pair(m, GIVEN, RUNNING)} in evaluation mode"
     worse = _beyond(m, gain, 1) and gain.value < 0
     return replace(MODE, threshold=_limit(m, gain, 1)).found(
@@ -216,7 +219,11 @@ def _alone(m: Measurements) -> list[Finding]:
     """Judge whether a norm by itself costs more than chance explains."""
     gains = m.gains()
     if not gains:
-        return ALONE.undecided("No norm could be switched by itself.", "Pass batches that reach the norms.")
+        kinds = ", ".join(dict.fromkeys(m.norms["class"]))
+        return ALONE.undecided(
+            f"No norm could be switched by itself: {kinds} stores statistics by its own rule, or no batch reached it.",
+            "Go by the rows of the table, which hold for all norms together.",
+        )
     top, gain = next(iter(gains.items()))
     k, of = len(gains), f"{len(gains)} of {count(len(m.norms), 'norm')} switched one at a time"
     divergent = m.norm(top)

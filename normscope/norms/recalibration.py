@@ -96,14 +96,15 @@ def measured_statistics(
     Returns:
         Path of a norm to its statistics by the name of the buffer, in float64; without special layers, which have rules
         of their own, and without norms that no batch reached.
-        If nothing was measured this is an ArgumentError.
+        If no batch reached any of them this is an ArgumentError.
 
     >>> measured_statistics(nn.Sequential(nn.BatchNorm1d(1)), [torch.tensor([[0.0], [1.0]])])["0"]["running_var"]
     tensor([0.2500], dtype=torch.float64)
     """
     layers = {path: module for path, module in model.named_modules() if stores(module) and _measurable(module)}
     pools = {layer: _Pool(layer, pooled=True) for layer in layers.values()}
-    _measure(model, pools, batches, forward, by_batch=False)
+    if pools:
+        _measure(model, pools, batches, forward, by_batch=False)
     return {path: pools[layer].found() for path, layer in layers.items() if pools[layer].total}
 
 

@@ -274,6 +274,17 @@ def test_a_batch_of_one_sample_leaves_out_only_what_it_hinders():
     assert "drop_last=True" in table.loc[BATCH, "caveat"]
     assert verdicts(found)["batch-statistics"] == "undecided"
     assert "drop_last=True" in repr(found)
+    found = ns.gap(used().train(), data)
+    assert rows(found)["metric"].notna().tolist() == [False, True, False, False]
+    assert verdicts(found)["served-in-training-mode"] == "warning"
+
+
+def test_norms_with_rules_of_their_own_have_rows_but_no_rank():
+    model = nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nn.Flatten(), nn.Linear(15, 3)).eval()
+    found = ns.gap(model, [(torch.randn(8, 3, 5), torch.randint(3, (8,)))] * 2)
+    assert rows(found)["metric"].notna().all()
+    assert found.norms["recovered"].isna().all()
+    assert verdicts(found)["norm-cost"] == "undecided"
 
 
 def test_frozen_norms_are_named_and_the_others_ranked():
