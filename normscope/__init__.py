@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from normscope.linalg.trace import diagonal, trace
     from normscope.probes.disturbance import snd
     from normscope.report import write_report
+    from normscope.report.comparison import Comparison
     from normscope.scope.attach import Scope, attach
+    from normscope.scope.compare import compare
     from normscope.scope.examine import examine
     from normscope.scope.gap import Gap, gap
     from normscope.scope.lint import lint
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 _PACKAGES = ("applications", "gradients", "norms", "weights")
 _NAMES = {
     "ArgumentError": "normscope.core.errors",
+    "Comparison": "normscope.report.comparison",
     "Finding": "normscope.core.finding",
     "Findings": "normscope.core.table",
     "Gap": "normscope.scope.gap",
@@ -38,6 +41,7 @@ _NAMES = {
     "StoreError": "normscope.core.errors",
     "Verdict": "normscope.core.finding",
     "attach": "normscope.scope.attach",
+    "compare": "normscope.scope.compare",
     "diagnose": "normscope.diagnostics",
     "diagonal": "normscope.linalg.trace",
     "eigenpairs": "normscope.linalg.extremal",
@@ -54,6 +58,7 @@ _NAMES = {
 
 __all__ = [
     "ArgumentError",
+    "Comparison",
     "Finding",
     "Findings",
     "Gap",
@@ -65,6 +70,7 @@ __all__ = [
     "Verdict",
     "applications",
     "attach",
+    "compare",
     "diagnose",
     "diagonal",
     "eigenpairs",

@@ -16,6 +16,7 @@ COMMANDS = (
     ("examine", "look at a model of yours as it is, nothing trained, and write its report"),
     ("gap", "find which norm of a model costs how much at inference, and which statistics give it back"),
     ("lint", "judge a model of yours and its optimizer as they stand, nothing trained"),
+    ("compare", "train normalizations, of the table or your own, alike on small work and lay them side by side"),
     ("findings", "tell what a finding means, why it happens and what to do; without an id list all"),
     ("report", "judge a run and write its page, or print its findings as JSON"),
     ("watch", "show a run in the terminal while it grows"),

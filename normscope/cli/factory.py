@@ -42,24 +42,31 @@ def called(text: str, returns: tuple[str, ...], optional: tuple[str, ...] = ()) 
         What it returned, None for what is optional and was not. A factory that cannot be found or called, or that
         returns anything else, is an ArgumentError.
     """
+    with importable():
+        yield _checked(text, _raising(text, "called", found(text)), returns, optional)
+
+
+@contextmanager
+def importable() -> Iterator[None]:
+    """Make the current folder importable while the context lasts, as it is for `python -m`."""
     before = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))
     try:
-        yield _checked(text, _raising(text, "called", _found(text)), returns, optional)
+        yield
     finally:
         sys.path[:] = before
 
 
-def _found(text: str) -> Callable[[], Any]:
-    """Import the module and look the function up."""
+def found(text: str) -> Callable[..., Any]:
+    """Import the module of MODULE:NAME and look the function up."""
     name = text.partition(":")[2]
     module = _imported(text)
-    found = getattr(module, name, None)
-    if callable(found):
-        return found  # type: ignore[no-any-return]  # whatever it returns is checked
+    value = getattr(module, name, None)
+    if callable(value):
+        return value  # type: ignore[no-any-return]  # whatever it returns is checked
     if hasattr(module, name):
         raise ArgumentError(
-            f"factory={text!r} is of type {type(found).__name__}, which cannot be called; wrap it in a function "
+            f"factory={text!r} is of type {type(value).__name__}, which cannot be called; wrap it in a function "
             "without arguments."
         )
     names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

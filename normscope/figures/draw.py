@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from typing import Protocol
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 from normscope.core.figure import Figure
+from normscope.figures.comparison import Overlay
 from normscope.figures.frames import logarithmic
 from normscope.figures.palette import CURVES, REFERENCE, RULE
 
@@ -88,6 +94,68 @@ def draw_ranking(norms: pd.DataFrame, metric: str, ax: Axes | None = None, most:
     return ax
 
 
+def overlay(picture: Overlay, frame: pd.DataFrame, entries: Sequence[str]) -> Canvas:
+    """Draw the entries of a comparison over each other, each with its band.
+
+    Args:
+        picture: the picture.
+        frame: its prepared frame.
+        entries: the entries in order, which decides their colors; the first is drawn thicker.
+
+    Returns:
+        A matplotlib figure, to be saved by `savefig(path)`.
+    """
+    canvas = Canvas(figsize=(6.4, 3.8), layout="constrained")
+    ax = canvas.subplots()
+    handles: dict[str, Artist] = {}
+    for number, entry in enumerate(entries):
+        part = frame[frame["entry"] == entry]
+        if not np.isfinite(part["y"].to_numpy(float)).any():
+            continue
+        x, y, low, high = (part[name].to_numpy(float) for name in ("x", "y", "low", "high"))
+        color, dashes = CURVES[number % len(CURVES)], _DASHES[number // len(CURVES) % len(_DASHES)]
+        few = picture.dots or np.isfinite(y).sum() == 1
+        width = 2.2 if number == 0 else 1.4
+        (handles[entry],) = ax.plot(x, y, dashes, color=color, linewidth=width, marker="o" if few else "", markersize=3)
+        ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    if picture.log_x:
+        ax.set_xscale("log")
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _dress(ax, picture, handles, picture.log_y)
+    legend = ax.get_legend()
+    if legend is not None and len(handles) > len(CURVES):
+        legend.set_loc("upper left")
+        legend.set_bbox_to_anchor((1.01, 1.0))
+    return canvas
+
+
+_DASHES = ("-", "--", ":", "-.")
+_INK = "#010203"  # stands for the color of the text around a picture
+
+
+def svg(canvas: Canvas) -> str:
+    """Return a figure as an SVG element without a background, its text as text and in the color of what is around.
+
+    Args:
+        canvas: a matplotlib figure; black in it becomes the color of the surrounding text.
+
+    Returns:
+        The element.
+    """
+    file = io.StringIO()
+    for words in canvas.findobj(Text):
+        words.set(color=_INK)
+    for axes in canvas.axes:
+        for spine in axes.spines.values():
+            spine.set_edgecolor(_INK)
+        axes.tick_params(which="both", colors=_INK)
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "normscope"}):
+        canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :].replace(_INK, "currentColor")
+
+
 def _draw_cells(figure: Figure, frame: pd.DataFrame, ax: Axes) -> Axes:
     """Draw a map, the first row on top, with its scale beside it."""
     for name, part in frame.groupby(figure.columns[2], sort=False):
@@ -100,7 +168,7 @@ def _draw_cells(figure: Figure, frame: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
-def _dress(ax: Axes, figure: Figure, handles: dict[str, Artist], log: bool) -> None:
+def _dress(ax: Axes, figure: Figure | Overlay, handles: dict[str, Artist], log: bool) -> None:
     """Label axes and curves; names are not markup, and one that begins with an underscore is shown like any other."""
     ax.set_title(figure.title, fontsize="medium", loc="left")
     ax.set_xlabel(figure.x_label)
