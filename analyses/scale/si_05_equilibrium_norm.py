@@ -43,7 +43,7 @@ class Setting:
     batch: int = 128
     noise: float = 0.3
     trained: tuple[float, float, float] = (0.9, 0.05, 0.01)
-    steps: int = 1500
+    steps: int = 3000
 
 
 def setting(fast: bool) -> Setting:
@@ -148,8 +148,10 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
     style.curve(power, sweep, "at", "norm", name="walk", index=0, points=True)
     line = sweep.groupby("at")["expected"].first()
     style.theory(power, line.index, line, name=r"$(\eta/2\lambda)^{1/4}$")
-    power.set(xscale="log", yscale="log")
-    for ax in (walked, power, trained):
+    power.set_xscale("log")
+    style.logarithmic(power)
+    walked.legend(loc=(0.4, 0.45))
+    for ax in (power, trained):
         ax.legend()
     style.label(walked, "random walk", "step $t$", r"$\|w_t\|$")
     style.label(power, "random walk", r"$\eta/\lambda$", r"$\|w\|$ in equilibrium")
