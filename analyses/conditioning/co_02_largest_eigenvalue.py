@@ -57,7 +57,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             2.0,
         ),
         at_least(
-            "Without normalization it is larger.",
+            "Without normalization the largest eigenvalue of the input is larger.",
             "huang2020layerwise, section 4",
             "median λmax(Σₓ) over layers and looks, none over BatchNorm",
             by_seed(inputs, excess),
@@ -71,7 +71,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             30.0,
         ),
         at_most(
-            "Training takes that away.",
+            "Training takes the explosion of gradients away.",
             "huang2020layerwise, section 4",
             "the same ratio after training over that at initialization",
             by_seed(slopes, lambda part: backward(part, last) / backward(part, first)),

@@ -100,14 +100,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             2.0,
         ),
         at_least(
-            "It is larger than with BatchNorm there at every depth.",
+            "Without BatchNorm before the last layer the eigenvalue is larger than with it, at every depth.",
             "huang2020layerwise, section 5",
             "λmax(Σₓ), none over BatchNorm, smallest over depths, initialization and after training",
             by_seed(frame, excess),
             2.0,
         ),
         at_most(
-            "BatchNorm before the last layer holds it at all depths.",
+            "BatchNorm before the last layer holds the eigenvalue at all depths.",
             "huang2020layerwise, section 5",
             "λmax(Σₓ) after training, largest over depths, BatchNorm",
             by_seed(trained[trained["last"] == WITH], lambda part: part["largest"].max()),

@@ -111,7 +111,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             3.0,
         ),
         at_least(
-            "They are outliers: more of the trace is in the largest eigenvalue than with BatchNorm.",
+            "These are outliers: more of the trace is in the largest eigenvalue than with BatchNorm.",
             "ghorbani2019, section 4",
             "largest eigenvalue over trace after 50 steps, none over BatchNorm",
             by_seed(

@@ -91,7 +91,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             2.0,
         ),
         at_least(
-            "It does so through training.",
+            "The largest eigenvalue stands farther above the tenth through training.",
             "ghorbani2019, section 4",
             "λ₁/λ₁₀, mean over looks, none over BatchNorm",
             compare("zeta", None),

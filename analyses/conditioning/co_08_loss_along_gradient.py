@@ -48,7 +48,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             5.0,
         ),
         at_least(
-            "It does so throughout training, not in a few steps alone.",
+            "The loss varies less with BatchNorm throughout training, not in a few steps alone.",
             "santurkar2018, section 3.1",
             "median over steps of the range of losses, none over BatchNorm",
             by_seed(frame, lambda part: excess(part, "median")),

@@ -47,7 +47,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             2.0,
         ),
         at_least(
-            "So is the usual distance.",
+            "The usual distance is smaller with BatchNorm too.",
             "santurkar2018, section 3.1",
             "median over steps of the largest distance over r, none over BatchNorm",
             by_seed(frame, lambda part: excess(part, "median")),

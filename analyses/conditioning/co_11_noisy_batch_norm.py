@@ -120,14 +120,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             -0.03,
         ),
         at_least(
-            "It trains far better than without normalization.",
+            "With noisy BatchNorm it trains far better than without normalization.",
             "santurkar2018, section 2.1",
             "test accuracy, noisy BatchNorm less none",
             [a - b for a, b in zip(noisy, plain, strict=True)],
             0.05,
         ),
         at_least(
-            "Its distributions are less stable than without normalization.",
+            "Distributions under noisy BatchNorm are less stable than without normalization.",
             "santurkar2018, section 2.1",
             "drift of the mean of an activation from step to step, noisy BatchNorm over none",
             by_seed(frame, drift),

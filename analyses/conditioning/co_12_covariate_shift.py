@@ -112,7 +112,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             0.0,
         ),
         at_most(
-            "It does not reduce the shift by much in a deeper network either.",
+            "BatchNorm does not reduce the shift by much in a deeper network either.",
             "santurkar2018, section 2.2",
             f"{statistic}, {DEEP}",
             by_seed(frame, lambda part: difference(part, DEEP, "cosine")),

@@ -86,7 +86,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             10.0,
         ),
         at_least(
-            "Without it a large learning rate makes the loss diverge.",
+            "Without BatchNorm a large learning rate makes the loss diverge.",
             "S135, section 3",
             "share of the rates from 1 up that end in infinity or NaN, none",
             by_seed(

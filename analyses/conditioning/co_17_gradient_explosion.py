@@ -114,7 +114,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             1.1,
         ),
         at_least(
-            "They grow without activation at large batches too.",
+            "Gradients grow without activation at large batches too.",
             "yang2019, section 4",
             "growth a layer without activation, largest B",
             by_seed(frame[frame["activation"] == "linear"], lambda part: part["rate"].iloc[-1]),
@@ -122,7 +122,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             reason="Theory asks for 1/(B-3) above 1, less than what 512 features take away at such a batch.",
         ),
         at_least(
-            "The smaller the batch, the faster.",
+            "The smaller the batch, the faster gradients grow.",
             "yang2019, section 4",
             "growth a layer less 1 with ReLU, smallest batch over largest",
             by_seed(

@@ -144,7 +144,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             0.05,
         ),
         at_most(
-            "It does so as its kernel at the start predicts.",
+            "Such a network converges as its kernel at the start predicts.",
             "S143, section 4",
             "largest |log loss / log predicted - 1| over α and times, losses over 1e-12",
             by_seed(normalized, _error),
@@ -158,7 +158,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             0.2,
         ),
         at_least(
-            "With a small α it converges faster than without normalization.",
+            "With a small α such a network converges faster than without normalization.",
             "S143, section 5",
             f"-log loss at the end, {fastest}, over {PLAIN}",
             by_seed(last, lambda part: rate(part, fastest) / rate(part, PLAIN)),

@@ -151,7 +151,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             0.98,
         ),
         equal(
-            "It then is what was predicted, 1 + the number of blocks.",
+            "The variance then is what was predicted, 1 + the number of blocks.",
             "S087, section 4",
             "variance after the last block over 1 + blocks, standardized weights",
             by_seed(of(SCALED), lambda part: part["variance"].iloc[-1] / (1 + part["block"].iloc[-1])),
