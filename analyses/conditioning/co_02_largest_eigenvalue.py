@@ -15,8 +15,9 @@ SOURCES = ("huang2020layerwise",)
 CAPTION = (
     "The networks of CO-1. (a) λmax of the second moment Σₓ of a layer's input: BatchNorm holds it at about 11 at "
     "every layer and step. (b) λmax of the second moment of the gradient of one sample's loss at the layer's output: "
-    "at initialization BatchNorm makes it grow backward, 300-fold over 20 layers, and some steps of training take most "
-    "of that away. The largest eigenvalue of the layer's Fisher matrix is about the product of the two."
+    "at initialization BatchNorm makes it grow backward, several hundred-fold over 20 layers, and some steps of "
+    "training take most of that away. The largest eigenvalue of the layer's Fisher matrix is about the product of the "
+    "two."
 )
 COLUMNS = ("network", "step", "layer", "factor", "largest")
 
@@ -71,7 +72,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             30.0,
         ),
         at_most(
-            "Training takes the explosion of gradients away.",
+            "Training takes most of the explosion of gradients away.",
             "huang2020layerwise, section 4",
             "the same ratio after training over that at initialization",
             by_seed(slopes, lambda part: backward(part, last) / backward(part, first)),

@@ -40,7 +40,7 @@ class Setting:
 
 def setting(fast: bool) -> Setting:
     """Return the setting."""
-    return Setting(starts=(0.01, 0.1, 1.0, 4.0)) if fast else Setting()
+    return Setting(starts=(0.01, 0.1, 1.0, 4.0), steps=5000) if fast else Setting()
 
 
 def run(setting: Setting, seed: int) -> pd.DataFrame:

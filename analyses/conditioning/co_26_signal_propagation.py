@@ -186,7 +186,7 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
         style.curve(mean, part, "block", "shift", name=network, index=index, points=True)
     blocks = np.sort(frame["block"].unique())
     style.theory(variance, blocks, 1 + blocks, name="1 + block")
-    variance.set_yscale("log")
+    variance.set(yscale="log", ylim=(1, 2e4))
     mean.set_yscale("log")
     variance.legend(fontsize=7)
     style.label(variance, "variance", "block", "mean variance of channels")
