@@ -117,4 +117,4 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
         ax.set_xticks(places, [f"ResNet-{depth}" for depth in part["depth"]], rotation=20)
         ax.set_ylim(0, 1.25 * part["ratio"].max())
         ax.legend(loc="upper left")
-        style.label(ax, f"on {base} normalization", "", "added parameters (% of the network's)")
+        style.label(ax, f"on {base} normalization", "", "added parameters (%)")

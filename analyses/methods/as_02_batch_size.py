@@ -43,7 +43,7 @@ class Setting:
 
     examples: int = 800
     epochs: int = 2
-    batches: tuple[int, ...] = (2, 4, 8, 64)
+    batches: tuple[int, ...] = (2, 8, 64)
     rate: float = 0.1
     blocks: tuple[int, ...] = (1,)
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure as Canvas
 
 from analyses import style
 from analyses.claim import Claim, at_least, at_most, by_seed
-from analyses.methods.representative import BOTH, digits, layers, stage, trained
+from analyses.methods.representative import BOTH, layers, stage, trained
 
 ID = "RB-1"
 TITLE = "Centering calibration: its weights by layer"
@@ -28,7 +28,7 @@ class Setting:
     """What is trained: examples, passes over the data."""
 
     examples: int = 1000
-    epochs: int = 8
+    epochs: int = 6
 
 
 def setting(fast: bool) -> Setting:
@@ -38,8 +38,7 @@ def setting(fast: bool) -> Setting:
 
 def run(setting: Setting, seed: int) -> pd.DataFrame:
     """Train, and read the weights."""
-    train, _ = digits(seed, setting.examples)
-    model = trained(BOTH, train, seed, epochs=setting.epochs)
+    model = trained(BOTH, seed, examples=setting.examples, epochs=setting.epochs)
     rows: list[tuple[object, ...]] = []
     for path, layer in layers(model).items():
         if "shortcut" not in path:

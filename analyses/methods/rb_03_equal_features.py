@@ -32,7 +32,7 @@ class Setting:
     """What is trained: examples, passes over the data."""
 
     examples: int = 1000
-    epochs: int = 8
+    epochs: int = 6
 
 
 def setting(fast: bool) -> Setting:
@@ -43,9 +43,9 @@ def setting(fast: bool) -> Setting:
 @torch.no_grad()
 def run(setting: Setting, seed: int) -> pd.DataFrame:
     """Train, and take the deviations; channels are sorted by that before, `initial` is it times σ(1)."""
-    train, (images, _) = digits(seed, setting.examples)
+    _, (images, _) = digits(seed, setting.examples)
     with torch.enable_grad():
-        model = trained(BOTH, train, seed, epochs=setting.epochs)
+        model = trained(BOTH, seed, examples=setting.examples, epochs=setting.epochs)
     layer = layers(model)[_PATH]
     x = inputs(model, _PATH, images)
     weight, bias = (layer.get_parameter(name) for name in ("scale_weight", "scale_bias"))

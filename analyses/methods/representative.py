@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 import torch
@@ -24,21 +25,24 @@ def digits(seed: int, examples: int) -> tuple[Pair, Pair]:
     return (inputs[:examples], targets[:examples]), test
 
 
-def trained(kind: str, train: Pair, seed: int, *, epochs: int, channels: int = 8) -> nn.Sequential:
+@functools.cache
+def trained(kind: str, seed: int, *, examples: int, epochs: int, channels: int = 8) -> nn.Sequential:
     """Train a residual network of three stages with BatchNorm, with one of the two calibrations, or with both.
 
-    The weights of the calibrations learn ten times as fast and without decay, so that a short training moves them.
+    The weights of the calibrations learn ten times as fast and without decay, so that a short training moves them. The
+    figures that one process computes share a network.
 
     Args:
         kind: one of `KINDS`.
-        train: images and labels.
-        seed: of initialization and batches.
+        seed: of data, initialization and batches.
+        examples: images trained on.
         epochs: passes over the data.
         channels: channels of the first stage.
 
     Returns:
         The network, in evaluation mode.
     """
+    train, _ = digits(seed, examples)
     torch.manual_seed(seed)
     model = workbench.residual_cnn(channels)
     if kind != BN:

@@ -16,7 +16,7 @@ ID = "RE-4"
 TITLE = "Training BatchNorm and only BatchNorm"
 SOURCES = ("S154",)
 CAPTION = (
-    "Residual networks of 16 channels (digits of 7 x 7 pixels, 20 passes over 2000), all weights as initialized "
+    "Residual networks of 16 channels (digits of 7 x 7 pixels, 15 passes over 2000), all weights as initialized "
     "but those named. (a) γ and β alone learn the digits, the better the deeper the network, though convolutions "
     "and head are random; as many weights of the convolutions, drawn at random, learn far less. (b) Beside the "
     "head alone and all weights, for the deepest network."
@@ -31,7 +31,7 @@ class Setting:
     depths: tuple[int, ...] = (1, 2, 4)
     channels: int = 16
     examples: int = 2000
-    epochs: int = 20
+    epochs: int = 15
 
 
 def setting(fast: bool) -> Setting:

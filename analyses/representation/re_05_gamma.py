@@ -71,6 +71,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             f"share of |γ| < {_NEAR}, after training over before",
             ratios[START],
             1.5,
+            reason="of 144 gains some seven are drawn near zero, a number that scatters by three",
         ),
         at_least(
             "It switches off more features than training all weights does.",
