@@ -9,10 +9,11 @@ from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from normscope.core.table import printable
 from normscope.figures.comparison import Overlay
 from normscope.figures.palette import CURVES, REFERENCE, RULE
 from normscope.report.grid import Grid, to_html
-from normscope.report.text import breakable, printable, source
+from normscope.report.text import breakable, source
 
 
 @dataclass(frozen=True)
