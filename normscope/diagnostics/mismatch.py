@@ -14,7 +14,7 @@ from normscope.diagnostics import propagation, units
 from normscope.diagnostics.rule import Rule
 from normscope.diagnostics.words import count
 from normscope.metrics import mismatch as metrics
-from normscope.metrics import tables, training
+from normscope.metrics import structure, tables, training
 
 # origin of each threshold: the `threshold_source` of the rule that uses it
 DRIFT = 0.1  # nats; the mean is off by 0.45 standard deviations, or the variance by a factor of 2
@@ -466,7 +466,17 @@ def _layers(record: Record) -> pd.DataFrame:
 def _disagrees_from_the_start(record: Record, layer: pd.Series) -> bool:
     """Tell whether stored statistics never fitted; where weights have moved away from them since, inference has too."""
     drift = tables.table(record, "drift.q50", slot="running")[str(layer.name)].dropna()
-    return bool(drift.head(FIRST).median() > layer["limit"]) and bool(layer["excess"] > 1)
+    misfits = bool(drift.head(FIRST).median() > layer["limit"]) and bool(layer["excess"] > 1)
+    return misfits and not _before_all_training(record, str(layer.name))
+
+
+def _before_all_training(record: Record, site: str) -> bool:
+    """Tell whether nothing up to a layer is trained: then inference does what training did, whatever the statistics."""
+    held, order = structure.parameters(record), tables.layers(record)["order"]
+    if not len(held):
+        return False
+    trained = order.reindex(held["module"][held["trainable"].eq(True)].unique()).dropna()
+    return bool(len(trained)) and float(order.get(tables.module_of(site), np.inf)) < trained.min()
 
 
 def _trailing(record: Record, layers: pd.DataFrame) -> bool:
