@@ -72,10 +72,12 @@ LONG_STEPS = ("training.learning-rate", *INFLATED, *BROKEN, *SILENT, *CONDITIONI
 CAUSES: tuple[Cause, ...] = (
     Cause("training.uncleared-gradients", LONG_STEPS),
     Cause("training.input-scale", ("training.initial-loss", *LONG_STEPS)),
-    Cause("structure.eps", ("propagation.eps-dominates",)),
+    Cause("structure.eps", ("propagation.eps-dominates", "conditioning.curvature-dominated")),
+    Cause("optimizer.parameter-twice", LONG_STEPS),
+    Cause("training.clipping", ("training.learning-rate",), _told),
     Cause("training.stuck-weights", ("optimizer.decay-lost", "optimizer.gains-stuck", "training.learning-rate")),
     Cause("structure.few-values", (*SILENT, *CONDITIONING, "training.learning-rate")),
-    Cause("noise.batches-not-random", ("noise.small-batch", *STATISTICS)),
+    Cause("noise.batches-not-random", ("noise.small-batch", *LONG_STEPS)),
     Cause("noise.whitening-batch", ("noise.small-batch", *STATISTICS, *LONG_STEPS)),
     Cause("noise.small-batch", (*STATISTICS, *LONG_STEPS)),
     Cause("propagation.signal-exploding", ("training.initial-loss", *LONG_STEPS), _over_depth),
@@ -139,5 +141,12 @@ def _following(finding: Finding, root: Finding) -> Finding:
         finding,
         follows=root.id,
         cause=f"Most likely follows from {root.id}{where}.{own}",
-        remedy=finding.remedy if root.id in finding.remedy else f"Mend {root.id} first. {finding.remedy}".rstrip(),
+        remedy=_joined(f"Mend {root.id} first.", finding.remedy, root.id),
     )
+
+
+def _joined(first: str, own: str, root: str) -> str:
+    """Join what to mend first with what else to do, unless that says the same, or that nothing is to be done."""
+    if root in own:
+        return own
+    return first if own.startswith(("Nothing", "Train on")) else f"{first} {own}".rstrip()

@@ -111,6 +111,7 @@ def _found(
         f"{rate.n} layers of one kind, {total:.3g}-fold in all (threshold {FACTOR:g})"
         f"{' at the start of the run; later it is not' if at_start else ''}."
     )
+    grown = step is not None and step > 0 and at_start is None  # no matter of initialization
     ends = (depth.first, depth.last) if backward else (depth.last, depth.first)
     spread = 1.96 * rate.standard_error
     evidence: dict[str, float | int | str | list[float]] = {
@@ -122,4 +123,16 @@ def _found(
         "at_last_layer": depth.at_last,
         "measure": measure,
     }
-    return rule.found(verdict, message, sites=ends, step=step, evidence=evidence)
+    return rule.found(
+        verdict,
+        message,
+        sites=ends,
+        step=step,
+        evidence=evidence,
+        cause=f"It is so from step {step} on: steps, not the initial weights, have brought it about."
+        if grown
+        else None,
+        remedy="Lower the learning rate or warm it up (torch.optim.lr_scheduler.LinearLR), and clip gradients."
+        if grown
+        else None,
+    )

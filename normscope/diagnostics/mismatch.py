@@ -482,7 +482,7 @@ def _before_all_training(record: Record, site: str) -> bool:
 def _trailing(record: Record, layers: pd.DataFrame) -> bool:
     """Tell whether weights have moved since, and batch and running statistics yet agree within the limit everywhere."""
     rates = training.rates(record)
-    if rates is None or (layers["excess"] > 1).any():
+    if rates is None or (layers["excess"] > 1).any() or layers["shared"].any():
         return False
     return rates.late / max(float(layers["momentum"].min()), SLOW) > TRAILING  # a slow momentum is no excuse
 

@@ -120,6 +120,7 @@ def invariance(record: Record) -> list[Finding]:
     )
     broken = frame[(frame["unit"] == "none") & (known["feeds"] != "").to_numpy()]
     broken = broken.sort_values("defect", ascending=False)
+    broken = broken[[not _with_bias(record, known.loc[name]) for name in broken.index]]
     if not len(broken):
         largest = f" ({', '.join(units)}); largest defect {kept['defect'].max():.1g}" if len(kept) else ""
         return INVARIANCE.ok(f"{said}{largest} (threshold {metrics.PARTIAL:g}).", evidence)
@@ -331,11 +332,14 @@ def gain_collapse(record: Record) -> list[Finding]:
     said = f"{site}: {gone:.0%} of the gains are below {metrics.GONE:g} of the usual one (threshold {COLLAPSED:.0%})"
     if not len(beyond):
         return GAIN_COLLAPSE.ok(f"{said}, the most of {count(len(frame), 'layer')}.", evidence)
+    born = float(frame["first_max"].iloc[0]) == 0
     return GAIN_COLLAPSE.found(
         Verdict.WARNING,
         f"{said}; {len(beyond)} of {count(len(frame), 'layer')} beyond it.",
         sites=[str(name) for name in beyond.index],
         evidence=evidence,
+        cause="The gains have been 0 from the first sampled step on, and do not move." if born else None,
+        remedy="Initialize them with 1 (torch.nn.init.ones_), and let them train (requires_grad)." if born else None,
     )
 
 
@@ -347,6 +351,14 @@ def _alone(frame: pd.DataFrame) -> pd.Series:
 def _numbers(**values: float) -> dict[str, float]:
     """Return the numbers that are known."""
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}
+
+
+def _with_bias(record: Record, facts: pd.Series) -> bool:
+    """Tell whether a bias joins the product before a norm that keeps it: only both together are scale-invariant."""
+    biases = tables.table(record, "norm", slot="bias")
+    bias = f"{facts['module']}/bias"
+    kept = facts["norm"] not in ("batch", "instance") and bias in biases
+    return bool(kept and tables.late(biases[bias]).median() > 0)
 
 
 def _breaking(record: Record, facts: Mapping[Hashable, object]) -> tuple[str | None, str | None]:
@@ -363,14 +375,6 @@ def _breaking(record: Record, facts: Mapping[Hashable, object]) -> tuple[str | N
     training = tables.table(record, "training", slot="running")
     if f"{layer}/running" in training and tables.late(training[f"{layer}/running"]).median() == 0:
         return f"{layer} is in evaluation mode and divides by stored statistics.", None
-    biases = tables.table(record, "norm", slot="bias")
-    bias = f"{facts['module']}/bias"
-    if facts["norm"] not in ("batch", "instance") and bias in biases and tables.late(biases[bias]).median() > 0:
-        return (
-            f"{bias} joins the product before {layer}, which does not take it away: only weight and bias together are "
-            "scale-invariant.",
-            "Build the layer with bias=False if the weight alone is to be scale-invariant.",
-        )
     return None, None
 
 

@@ -217,6 +217,19 @@ def untrained(record: Record) -> list[Finding]:
         )
     if cut and set(kinds) == {"no gradient"}:
         return []  # which is the matter of propagation.dead-units
+    lost = out[(out["reason"] == "no gradient") & out["matrix"] & (out["order"] < metrics.first_trained(frame))]
+    if len(lost) and not cut:
+        site = str(lost.index[0])
+        return UNTRAINED.found(
+            Verdict.WARNING,
+            f"{site} is held by the optimizer and runs before all that is trained, but no gradient reaches it (threshold "
+            f"0). In all, {said[0].lower()}{said[1:]}.",
+            sites=[str(name) for name in lost.index],
+            evidence=evidence,
+            cause="The graph is cut behind it: detach(), .data, torch.no_grad(), or a step that has no gradient.",
+            remedy="Look for detach(), .data, no_grad(), argmax or conversions to numpy behind this layer; if it is meant "
+            "to stay as it is, set requires_grad_(False) on it.",
+        )
     return UNTRAINED.found(
         Verdict.NOTE,
         f"{said}.",

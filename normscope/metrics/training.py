@@ -153,9 +153,21 @@ def untrained(record: Record) -> pd.DataFrame:
         matrix = isinstance(fact["shape"], list) and len(fact["shape"]) > 1
         rows.append((site, fact["module"], matrix, reason, float(order.get(fact["module"], np.nan))))
     frame = pd.DataFrame(rows, columns=["site", "module", "matrix", "reason", "order"]).set_index("site")
-    trained = frame[(frame["reason"] == "") & frame["matrix"]]["order"]
-    frame["enclosed"] = frame["order"] > trained.min() if len(trained) else False
+    first = first_trained(frame)
+    frame["enclosed"] = frame["order"] > first if math.isfinite(first) else False
     return frame
+
+
+def first_trained(frame: pd.DataFrame) -> float:
+    """Return the place in the order of execution of the first matrix that is trained.
+
+    Args:
+        frame: parameters with reason, matrix and order, as `untrained` returns them.
+
+    Returns:
+        Its order, NaN where there is none.
+    """
+    return float(frame[(frame["reason"] == "") & frame["matrix"]]["order"].min())
 
 
 def memory(record: Record) -> pd.Series:
