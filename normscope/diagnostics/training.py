@@ -222,13 +222,13 @@ def untrained(record: Record) -> list[Finding]:
         site = str(lost.index[0])
         return UNTRAINED.found(
             Verdict.WARNING,
-            f"{site} is held by the optimizer and runs before all that is trained, but no gradient reaches it (threshold "
-            f"0). In all, {said[0].lower()}{said[1:]}.",
+            f"{site} is held by the optimizer and runs before all that is trained, but no gradient reaches it "
+            f"(threshold 0). In all, {said[0].lower()}{said[1:]}.",
             sites=[str(name) for name in lost.index],
             evidence=evidence,
             cause="The graph is cut behind it: detach(), .data, torch.no_grad(), or a step that has no gradient.",
-            remedy="Look for detach(), .data, no_grad(), argmax or conversions to numpy behind this layer; if it is meant "
-            "to stay as it is, set requires_grad_(False) on it.",
+            remedy="Look for detach(), .data, no_grad(), argmax or conversions to numpy behind this layer; if it is "
+            "meant to stay as it is, set requires_grad_(False) on it.",
         )
     return UNTRAINED.found(
         Verdict.NOTE,
