@@ -17,6 +17,7 @@ from normscope.norms.recognize import NormParts
 from normscope.probes import normalization, optimizers
 from normscope.probes.noise import crossing
 
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # types in which a gain is read
 _CASTS = (".float()", "torch.float32", "torch.float)")  # how a forward method of its own leaves half precision
 
 
@@ -51,7 +52,7 @@ def describe(
     for name, module in modules.items():
         row: dict[str, object] = {"module": name, "class": type(module).__name__, "after": before.get(name, "")}
         if isinstance(module, nn.modules.dropout._DropoutNd):
-            row["drop"] = module.p
+            row["drop"] = optimizers.known(module.p)
         if name in norms:
             gain = named.get(gains.get(name, ""))
             row |= _norm(module, norms[name], gain) | {"crosses": name in crossed}
@@ -90,10 +91,16 @@ def _parameter(name: str, p: nn.Parameter, holders: list[tuple[str, int]], is_ga
         "trainable": p.requires_grad,
         "holders": holders,
     }
-    if is_gain and not is_lazy(p) and p.device.type != "meta" and p.numel() and not p.is_complex():
+    if is_gain and _is_readable(p):
         size = p.detach().abs()
         row |= {"least": float(size.min()), "largest": float(size.max())}
     return row
+
+
+def _is_readable(p: nn.Parameter) -> bool:
+    """Tell whether a parameter holds plain numbers: a sharded or quantized one would have to be computed."""
+    plain = p.dtype in _PLAIN and not is_lazy(p) and type(p.data) is torch.Tensor
+    return plain and p.device.type != "meta" and p.numel() > 0
 
 
 def _holders(stepped: Sequence[torch.optim.Optimizer]) -> dict[int, list[tuple[str, int]]]:

@@ -265,6 +265,16 @@ def test_a_schedule_counts_by_its_peak():
     assert found.verdict is OK
 
 
+def test_parameters_that_cannot_be_read_are_no_obstacle():
+    lazy = nn.Sequential(nn.Linear(8, 8), nn.LazyBatchNorm1d())
+    assert [f for f in ns.lint(lazy, torch.optim.SGD(lazy.parameters())) if "failed on this record" in f.message] == []
+    for change in ({"dtype": torch.float8_e4m3fn}, {"device": "meta"}):
+        model = plain(nn.LayerNorm(8)).to(**change)
+        found = {f.id: f for f in ns.lint(model, sgd(model))}
+        assert "structure.zero-gains" not in found
+        assert not [f for f in found.values() if "failed on this record" in f.message]
+
+
 def test_processes_that_take_statistics_apart_are_a_note():
     record = attached(convolutional(bn()))
     record.runs[0]["structure"]["processes"] = 4
