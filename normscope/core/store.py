@@ -49,6 +49,7 @@ CREATE TABLE events (run TEXT, step INTEGER, kind TEXT, site TEXT, message TEXT,
 STEP_COLUMNS = ("run", "step", "sampled", "batch_size", "loss", "loss_scale", "grad_norm", "skipped")
 GROUP_COLUMNS = ("run", "step", "optimizer", "group", "lr", "momentum", "decay")
 EVENT_COLUMNS = ("run", "step", "kind", "site", "message")
+_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds
 
 
 Layer = tuple[str, str, str, tuple[str, ...]]  # site, phase, role, names of the statistics
@@ -80,8 +81,8 @@ class Store:
         try:
             self._connection = sqlite3.connect(self.path or ":memory:", isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA busy_timeout = 5000")
-            if earlier is not None:  # refused while another connection is open: two writers would mix their steps
-                self._connection.execute("PRAGMA journal_mode = DELETE")
+            if earlier is not None:
+                _await_others(self._connection)
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
             if earlier is None:
@@ -207,6 +208,18 @@ def _checked(table: str, *row: object) -> tuple[str, tuple[object, ...]]:
 def run_exists(path: str | Path) -> bool:
     """Tell whether a folder holds a run."""
     return (Path(path) / FILE_NAME).exists()
+
+
+def _await_others(connection: sqlite3.Connection) -> None:
+    """Wait until no other connection is open: a reader goes after a moment, a second writer would mix its steps in."""
+    for pause in (*_PAUSES, None):
+        try:
+            connection.execute("PRAGMA journal_mode = DELETE")  # fails at once while another is open
+            return
+        except sqlite3.OperationalError:
+            if pause is None:
+                raise
+            time.sleep(pause)
 
 
 def _new_file(folder: Path) -> Path:

@@ -3,8 +3,11 @@
 import copy
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
+from contextlib import closing
 
 import pytest
 import torch
@@ -156,6 +159,19 @@ def test_a_run_that_is_still_written_is_not_resumed(tmp_path):
             ns.attach(model, optimizer, run=tmp_path / "a", resume=True)
         train(model, optimizer, 2, scope)
     assert ns.load(tmp_path / "a").steps.tolist() == [0, 1, 2, 3]
+
+
+def test_a_reader_delays_what_is_resumed_by_a_moment(tmp_path):
+    segment(tmp_path / "a", 3, every=1)
+    with closing(sqlite3.connect(tmp_path / "a" / "record.sqlite")) as made:
+        made.execute("PRAGMA journal_mode = WAL")  # as a killed run leaves it
+        reader = sqlite3.connect(tmp_path / "a" / "record.sqlite", check_same_thread=False)
+        assert reader.execute("SELECT count(*) FROM steps").fetchone() == (3,)
+    timer = threading.Timer(0.5, reader.close)
+    timer.start()
+    segment(tmp_path / "a", 3, every=1)
+    timer.join()
+    assert ns.load(tmp_path / "a").steps.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_what_is_no_run_is_not_resumed(tmp_path):
