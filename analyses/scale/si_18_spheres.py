@@ -132,7 +132,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             "S115, optimization on a sphere",
             "|last norm over the first - 1|, geodesic steps",
             list(map(abs, change(GEODESIC))),
-            1e-9,
+            1e-6,
         ),
         at_most(
             "Training on the sphere works as well as SGD.",
@@ -149,16 +149,19 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
     lengths, sizes, losses = style.panels(canvas, columns=3)
     for index, name in enumerate(_AREAS):
         rows = frame[(frame["part"] == SPHERE) & (frame["method"] == name)]
-        points = lengths.plot(rows["before"], rows["after"], style.MARKERS[index], color=style.color(index), alpha=0.6)
-        points[0].set_label(name)
-    style.rule(lengths, 1, "radius √m")
-    lengths.set_ylim(0.5, 1.5)
+        place = index + 0.02 * (rows["at"] - 16)
+        before, after = "before" if index == 0 else "", "after" if index == 0 else ""
+        lengths.plot(place, rows["before"], ".", color=style.color(5), markersize=3, alpha=0.5, label=before)
+        lengths.plot(place, rows["after"], style.MARKERS[index], color=style.color(index), markersize=3, label=after)
+    lengths.set_xticks(range(len(_AREAS)), list(_AREAS))
     for ax, part in ((sizes, NORM), (losses, LOSS)):
         for index, name in enumerate((SGD, GEODESIC)):
             rows = frame[(frame["part"] == part) & (frame["method"] == name)]
+            if part == NORM:
+                rows = rows.assign(after=rows["after"] / rows.groupby("seed")["after"].transform("first"))
             style.curve(ax, rows, "at", "after", name=name, index=index)
     for ax in (lengths, sizes, losses):
         ax.legend()
-    style.label(lengths, "rows of activations", r"$\|x\|/\sqrt{m}$ before", r"$\|\hat{x}\|/\sqrt{m}$ after")
-    style.label(sizes, "norm of weights", "step $t$", r"$\|w_t\|$ of all hidden weights")
+    style.label(lengths, "rows of activations", "normalization", r"$\|x\|/\sqrt{m}$")
+    style.label(sizes, "norm of weights", "step $t$", r"$\|w_t\|/\|w_0\|$ of all hidden weights")
     style.label(losses, "loss", "step $t$", "training loss (nats)")
