@@ -174,5 +174,6 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
                 ax.text(line.index[-1], line.iloc[-1] * 1.08, alpha, ha="right")
         style.logarithmic(ax)
         ax.legend(loc="lower right" if part == NETWORK else "upper right")
+    axes[2].set_ylim(top=0.3)
     for ax, title in zip(axes, ("random walk", "network", "learning rate divided by 10"), strict=True):
         style.label(ax, title, "step $t$", r"angular update $\Delta_t$ (rad)")
