@@ -22,8 +22,8 @@ SOURCES = ("S140",)
 CAPTION = (
     "ReLU perceptrons with 8 hidden layers of 64 (He initialization) on MNIST. (a) Largest eigenvalue of the Fisher "
     "matrix of the outputs at initialization, 256 images, by the scale γ of BatchNorm, and without normalization "
-    "(dotted). (b) Training loss after 100 steps of SGD (batches of 128) by learning rate: a smaller γ bears a larger "
-    "one."
+    "(dotted). (b) Training loss after 100 steps of SGD (batches of 128) by learning rate: a small γ "
+    "asks for a larger one, and gains nothing by it here."
 )
 COLUMNS = ("network", "quantity", "lr", "value")
 
