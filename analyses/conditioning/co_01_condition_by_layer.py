@@ -61,14 +61,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_least(
             "At initialization the condition number grows with depth without normalization.",
-            "huang2020layerwise, section 4",
+            "huang2020layerwise, batch normalized networks",
             "κ₅₀(Σₓ) of the last layer over that of the second",
             by_seed(conditions("none", first=True), ratio),
             30.0,
         ),
         at_most(
             "With BatchNorm it hardly depends on the layer.",
-            "huang2020layerwise, section 4",
+            "huang2020layerwise, batch normalized networks",
             "largest over smallest κ₅₀(Σₓ) of layers 2 and up, initialization",
             by_seed(
                 conditions("BatchNorm", first=True), lambda part: part["condition"].max() / part["condition"].min()
@@ -77,7 +77,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_most(
             "With BatchNorm it hardly does after training either.",
-            "huang2020layerwise, section 4",
+            "huang2020layerwise, batch normalized networks",
             "largest over smallest κ₅₀(Σₓ) of layers 2 and up with BatchNorm, after training",
             by_seed(
                 conditions("BatchNorm", first=False), lambda part: part["condition"].max() / part["condition"].min()
@@ -86,7 +86,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "After training the last layer is conditioned far worse without normalization.",
-            "huang2020layerwise, section 4",
+            "huang2020layerwise, batch normalized networks",
             "κ₅₀(Σₓ) of the last layer, none over BatchNorm",
             trained,
             10.0,

@@ -52,28 +52,28 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "With BatchNorm the largest eigenvalue of the input is nearly the same at all layers and steps.",
-            "huang2020layerwise, section 4",
+            "huang2020layerwise, batch normalized networks",
             "largest over smallest λmax(Σₓ) of layers 2 and up, all looks, BatchNorm",
             by_seed(normalized, lambda part: part["largest"].max() / part["largest"].min()),
             2.0,
         ),
         at_least(
             "Without normalization the largest eigenvalue of the input is larger.",
-            "huang2020layerwise, section 4",
+            "huang2020layerwise, batch normalized networks",
             "median λmax(Σₓ) over layers and looks, none over BatchNorm",
             by_seed(inputs, excess),
             2.0,
         ),
         at_least(
             "At initialization BatchNorm lets gradients explode backward.",
-            "huang2020layerwise, section 4",
+            "huang2020layerwise, batch normalized networks",
             "λmax(Σ_∂h) of layer 2 over that of the head with BatchNorm, initialization",
             by_seed(slopes, lambda part: backward(part, first)),
             30.0,
         ),
         at_most(
             "Training takes most of the explosion of gradients away.",
-            "huang2020layerwise, section 4",
+            "huang2020layerwise, batch normalized networks",
             "the same ratio after training over that at initialization",
             by_seed(slopes, lambda part: backward(part, last) / backward(part, first)),
             0.5,

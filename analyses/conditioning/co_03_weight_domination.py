@@ -67,28 +67,28 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_least(
             "With a too large learning rate the loss gets stuck above that of guessing.",
-            "huang2020layerwise, section 4",
+            "huang2020layerwise, batch normalized networks",
             "smallest loss of the last 20 steps over log 10, largest learning rate",
             by_seed(largest, lambda part: part["loss"].iloc[-20:].min() / 2.302585),
             0.9,
         ),
         at_most(
             "Where it is stuck the gradient is nothing beside the weights.",
-            "huang2020layerwise, section 4",
+            "huang2020layerwise, batch normalized networks",
             "smax(∂L/∂W)/smax(W) of layer 4, last step, largest learning rate",
             by_seed(largest, lambda part: part["ratio"].iloc[-1]),
             1e-6,
         ),
         at_least(
             "The first steps have blown the weights up.",
-            "huang2020layerwise, section 4",
+            "huang2020layerwise, batch normalized networks",
             "smax(W) of layer 4, last step over first, largest learning rate",
             by_seed(largest, lambda part: part["weight"].iloc[-1] / part["weight"].iloc[0]),
             10.0,
         ),
         at_most(
             "A moderate learning rate trains the same network.",
-            "huang2020layerwise, section 4",
+            "huang2020layerwise, batch normalized networks",
             "last loss, smallest learning rate",
             by_seed(smallest, lambda part: part["loss"].iloc[-1]),
             0.1,

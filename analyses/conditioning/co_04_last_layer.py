@@ -94,28 +94,28 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_least(
             "Without normalization before it, the last layer of a deeper network has a larger eigenvalue.",
-            "huang2020layerwise, section 5",
+            "huang2020layerwise, last layer of residual networks",
             "λmax(Σₓ) at initialization, most blocks over fewest",
             by_seed(start, grown),
             2.0,
         ),
         at_least(
             "Without BatchNorm before the last layer the eigenvalue is larger than with it, at every depth.",
-            "huang2020layerwise, section 5",
+            "huang2020layerwise, last layer of residual networks",
             "λmax(Σₓ), none over BatchNorm, smallest over depths, initialization and after training",
             by_seed(frame, excess),
             2.0,
         ),
         at_most(
             "BatchNorm before the last layer holds the eigenvalue at all depths.",
-            "huang2020layerwise, section 5",
+            "huang2020layerwise, last layer of residual networks",
             "λmax(Σₓ) after training, largest over depths, BatchNorm",
             by_seed(trained[trained["last"] == WITH], lambda part: part["largest"].max()),
             30.0,
         ),
         at_least(
             "BatchNorm before the last layer makes the deepest network better.",
-            "huang2020layerwise, section 5",
+            "huang2020layerwise, last layer of residual networks",
             "test accuracy of the deepest network, BatchNorm less none",
             by_seed(trained, gain),
             0.03,

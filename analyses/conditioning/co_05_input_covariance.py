@@ -117,7 +117,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         equal(
             "The eigenvalue that stands out belongs to the mean of the inputs.",
-            "S130, section 3",
+            "S130, spectrum of the covariance",
             "‖mean‖² over the largest eigenvalue of the second moment",
             one(PLAIN, "‖mean‖²/λ1"),
             1.0,
@@ -125,14 +125,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "Centering improves the condition number.",
-            "S130, section 3",
+            "S130, spectrum of the covariance",
             "condition number, plain over centered",
             [a / b for a, b in zip(condition(PLAIN), condition(CENTERED), strict=True)],
             2.0,
         ),
         equal(
             "BatchNorm leaves correlations as they are.",
-            "S131, section 1",
+            "S131, standardization and whitening",
             "mean absolute correlation, BatchNorm less plain",
             [a - b for a, b in zip(one(BN, "mean correlation"), one(PLAIN, "mean correlation"), strict=True)],
             0.0,
@@ -140,14 +140,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_most(
             "Whitening takes them away.",
-            "S131, section 3",
+            "S131, standardization and whitening",
             "mean absolute correlation, ZCA",
             one(ZCA, "mean correlation"),
             1e-4,
         ),
         equal(
             "Whitening makes the layer perfectly conditioned.",
-            "S131, section 3",
+            "S131, standardization and whitening",
             "condition number, ZCA",
             condition(ZCA),
             1.0,
@@ -155,14 +155,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "Whitening in groups lies between.",
-            "S131, section 3",
+            "S131, standardization and whitening",
             "condition number, BatchNorm over groups of 16",
             [a / b for a, b in zip(condition(BN), condition(GROUPS), strict=True)],
             1.2,
         ),
         at_most(
             "The better conditioned, the faster gradient descent fits a linear layer.",
-            "lecun1998, section 5",
+            "lecun1998, convergence of gradient descent",
             "excess loss after 100 steps, largest ratio of a method to the one before it in the order of the figure",
             [max(b / a for a, b in pairwise(run)) for run in zip(*map(late, METHODS), strict=True)],
             1.0,

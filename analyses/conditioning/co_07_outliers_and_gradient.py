@@ -85,14 +85,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_least(
             "Without BatchNorm the largest eigenvalue stands farther above the tenth.",
-            "ghorbani2019, section 4",
+            "ghorbani2019, outliers and batch normalization",
             f"λ₁/λ₁₀ at step {step}, none over BatchNorm",
             compare("zeta", step),
             2.0,
         ),
         at_least(
             "The largest eigenvalue stands farther above the tenth through training.",
-            "ghorbani2019, section 4",
+            "ghorbani2019, outliers and batch normalization",
             "λ₁/λ₁₀, mean over looks, none over BatchNorm",
             compare("zeta", None),
             2.0,
@@ -100,7 +100,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "Without BatchNorm more of the gradient lies in the span of the leading eigenvectors.",
-            "ghorbani2019, section 4",
+            "ghorbani2019, outliers and batch normalization",
             f"share of ‖∇L‖² in ten leading eigenvectors at step {step}, none over BatchNorm",
             compare("energy", step),
             1.05,

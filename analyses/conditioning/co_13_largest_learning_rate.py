@@ -80,14 +80,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_least(
             "With BatchNorm far larger learning rates can be used.",
-            "S135, section 3",
+            "S135, learning rates and divergence",
             "largest learning rate that ends below half the loss of guessing, BatchNorm over none",
             by_seed(frame, lambda part: _usable(part, "BatchNorm") / _usable(part, "none")),
             10.0,
         ),
         at_least(
             "Without BatchNorm a large learning rate makes the loss diverge.",
-            "S135, section 3",
+            "S135, learning rates and divergence",
             "share of the rates from 1 up that end in infinity or NaN, none",
             by_seed(
                 frame[(frame["network"] == "none") & (frame["lr"] >= 1)],
@@ -97,7 +97,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_most(
             "The best learning rate gives a better network with BatchNorm.",
-            "S135, section 3",
+            "S135, learning rates and divergence",
             "best final loss over rates, BatchNorm over none",
             by_seed(
                 frame,

@@ -143,16 +143,25 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     statistic = "slope of log λmax over log M"
     return (
         *(
-            at_least(words, "S136, section 3", f"{statistic}, {network}", slopes(network), 0.6, reason=small)
+            at_least(
+                words,
+                "S136, largest eigenvalue of the Fisher matrix",
+                f"{statistic}, {network}",
+                slopes(network),
+                0.6,
+                reason=small,
+            )
             for network, words in growing.items()
         ),
         *(
-            at_most(words, "S136, section 3", f"{statistic}, {network}", slopes(network), 0.5)
+            at_most(
+                words, "S136, largest eigenvalue of the Fisher matrix", f"{statistic}, {network}", slopes(network), 0.5
+            )
             for network, words in flat.items()
         ),
         at_least(
             "So BatchNorm in the last layer makes wide networks flatter.",
-            "S136, section 3",
+            "S136, largest eigenvalue of the Fisher matrix",
             "λmax without normalization over that with BatchNorm in the last layer, largest width",
             by_seed(
                 frame[frame["width"] == frame["width"].max()],

@@ -111,21 +111,21 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "Without normalization the rank of a deep linear network collapses.",
-            "S138, section 3",
+            "S138, rank without normalization",
             "largest r(H) over widths, last layer, linear without BN",
             last("linear, none"),
             2.0,
         ),
         at_most(
             "So does that of a ReLU network.",
-            "S138, section 3",
+            "S138, rank without normalization",
             "largest r(H) over widths, last layer, ReLU without BN",
             last("ReLU, none"),
             1.1,
         ),
         at_least(
             "With batch normalization it stays at the order of √d at every depth.",
-            "S138, theorem 2",
+            "S138, rank of linear networks",
             "smallest r(H)/√d over widths and layers from 20, linear with BN",
             by_seed(
                 normalized[normalized["depth"] >= 20],
@@ -139,14 +139,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "The mean rank over layers grows at least as the square root of the width.",
-            "S138, theorem 2",
+            "S138, rank of linear networks",
             "slope of log mean r(H) over log d, linear with BN",
             by_seed(normalized, _exponent),
             0.5,
         ),
         at_least(
             "Batch normalization keeps the rank of deep ReLU networks too.",
-            "S138, section 4",
+            "S138, rank of nonlinear networks",
             "r(H) of the last layer with BN (features centered) over without, smallest over widths",
             by_seed(
                 frame[frame["depth"] == frame["depth"].max()],

@@ -84,7 +84,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     linear = [
         equal(
             f"Without activation the squared gradient norm grows by (B-2)/(B-3) a layer, B = {batch}.",
-            "yang2019, section 4",
+            "yang2019, gradient explosion",
             f"growth a layer, B = {batch}",
             rates("linear", batch),
             (batch - 2) / (batch - 3),
@@ -99,7 +99,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         *linear,
         equal(
             "With ReLU and large batches it grows by π/(π-1) a layer.",
-            "yang2019, section 4",
+            "yang2019, gradient explosion",
             f"growth a layer, B = {largest}",
             rates("ReLU", largest),
             RELU_LIMIT,
@@ -108,14 +108,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "Gradients grow with every nonlinear activation, whatever the batch size.",
-            "yang2019, section 4",
+            "yang2019, gradient explosion",
             "smallest growth a layer over batch sizes, ReLU and tanh",
             by_seed(frame[frame["activation"] != "linear"], lambda part: part["rate"].min()),
             1.1,
         ),
         at_least(
             "Gradients grow without activation at large batches too.",
-            "yang2019, section 4",
+            "yang2019, gradient explosion",
             "growth a layer without activation, largest B",
             by_seed(frame[frame["activation"] == "linear"], lambda part: part["rate"].iloc[-1]),
             1.0,
@@ -123,7 +123,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "The smaller the batch, the faster gradients grow.",
-            "yang2019, section 4",
+            "yang2019, gradient explosion",
             "growth a layer less 1 with ReLU, smallest batch over largest",
             by_seed(
                 frame[frame["activation"] == "ReLU"],

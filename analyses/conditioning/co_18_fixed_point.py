@@ -68,7 +68,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     fixed = [
         equal(
             f"The cosine of two samples converges to that of the fixed point, B = {batch}.",
-            "yang2019, section 3",
+            "yang2019, forward dynamics",
             f"mean cosine over pairs and the last five layers, B = {batch}",
             by_seed(deep[deep["batch"] == batch], lambda part: part["cosine"].mean()),
             fixed_point(int(batch)),
@@ -80,7 +80,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         *fixed,
         at_most(
             "At the fixed point all pairs are alike, whatever the inputs were.",
-            "yang2019, section 3",
+            "yang2019, forward dynamics",
             "largest standard deviation of cosines over pairs, last five layers, over that of the inputs",
             by_seed(
                 frame,

@@ -126,7 +126,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         equal(
             "Without normalization the growth of sensitivity goes to 1.",
-            "S141, section 5",
+            "S141, vanilla networks",
             "mean growth of χ a layer, deeper half",
             late(vanilla),
             1.0,
@@ -134,14 +134,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_most(
             "Without normalization the signal becomes one-dimensional.",
-            "S141, section 5",
+            "S141, vanilla networks",
             "tr C/λmax(C) of the last layer",
             by_seed(vanilla, lambda part: part["dimension"].iloc[-1]),
             1.5,
         ),
         equal(
             "With batch normalization the growth stays at that of mean-field theory: an exponential.",
-            "S141, section 6",
+            "S141, batch-normalized feedforward networks",
             "mean growth of χ a layer, deeper half; √(π/(π-1))",
             late(forward),
             LIMIT,
@@ -149,7 +149,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         equal(
             "Residual connections make it a power law, of the exponent that the growth inside branches gives.",
-            "S141, section 7",
+            "S141, batch-normalized residual networks",
             "fitted exponent less (mean growth⁴ - 1)/2, branches of two layers",
             [a - b for a, b in zip(fitted, predicted, strict=True)],
             0.0,

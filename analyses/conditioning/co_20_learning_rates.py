@@ -104,7 +104,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         equal(
             "Gradient descent diverges beyond the learning rate 2/λmax.",
-            "S123, section 1",
+            "S123, gradient descent on least squares",
             "smallest rate, in steps of 0.01, after which the loss exceeds that of w = 0",
             by_seed(fine[fine["loss"] > 1], lambda part: part["rate"].min()),
             2.0,
@@ -112,28 +112,28 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "Gradient descent diverges at all larger rates.",
-            "S123, section 1",
+            "S123, gradient descent on least squares",
             "smallest relative loss over the rates from 2.1",
             by_seed(gd[start], lambda part: min(part["loss"].min(), 1e300)),
             1.0,
         ),
         at_most(
             "With batch normalization descent converges for any learning rate.",
-            "S123, section 3",
+            "S123, convergence of BNGD",
             "largest relative loss over all rates from 0.5 to 100",
             by_seed(moderate, lambda part: part["loss"].max()),
             1e-4,
         ),
         at_most(
             "It does not diverge at a rate 5000 times the threshold of gradient descent.",
-            "S123, section 3",
+            "S123, convergence of BNGD",
             "relative loss at the rate 10000",
             by_seed(bn[bn["rate"] == 1e4], lambda part: part["loss"].iloc[0]),
             1.0,
         ),
         at_most(
             "Near the minimum the normalized problem is not worse conditioned.",
-            "S123, section 3",
+            "S123, convergence of BNGD",
             "κ(H*)/κ(H), H* on its non-zero spectrum",
             [
                 after / before

@@ -100,21 +100,21 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "GDNP stays below the bound (1 - μ/L)²ᵗ at every step.",
-            "S142, section 4",
+            "S142, least squares by GDNP",
             "largest gap over bound",
             by_seed(gdnp[gdnp["step"] > 0], lambda part: (part["gap"] / part["bound"]).max()),
             1.0,
         ),
         at_least(
             "The rate is linear, no slower than the bound's.",
-            "S142, section 4",
+            "S142, least squares by GDNP",
             "slope of -log gap over steps, over the bound's",
             by_seed(gdnp, lambda part: rate(part) / promised),
             1.0,
         ),
         at_least(
             "So a problem that is not convex is solved as fast as the convex one by gradient descent with step 1/L.",
-            "S142, section 4",
+            "S142, least squares by GDNP",
             "slope of -log gap over steps, GDNP over GD",
             [a / b for a, b in zip(by_seed(gdnp, rate), by_seed(gd, rate), strict=True)],
             1.0 - 0.05,

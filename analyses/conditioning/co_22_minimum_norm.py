@@ -101,7 +101,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "Gradient descent ends as far from the solution of smallest norm as the unseen part of the start is long.",
-            "S144, section 1",
+            "S144, solution of minimum norm",
             "largest |distance - ‖P_null w₀‖|, ‖w_min‖ = 1",
             by_seed(gd, lambda part: (part["distance"] - part["expected"]).abs().max()),
             1e-9,
@@ -109,14 +109,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         at_most(
             "Weight normalization with a small rate for g ends near the solution of smallest norm for all starts "
             "shorter than it.",
-            "S144, section 2",
+            "S144, convergence of weight normalization",
             "largest distance over that of gradient descent, starts ‖w₀‖ < ‖w_min‖",
             by_seed(slow, lambda part: (part["distance"] / part["expected"]).max()),
             0.1,
         ),
         at_least(
             "The rate for g has to be small.",
-            "S144, section 2",
+            "S144, convergence of weight normalization",
             "median distance with equal rates over that with a small rate for g, starts ‖w₀‖ < ‖w_min‖",
             [
                 b / a
@@ -130,7 +130,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "A start longer than the solution keeps weight normalization away from it.",
-            "S144, section 2",
+            "S144, convergence of weight normalization",
             "distance from the longest start, ‖w_min‖ = 1",
             by_seed(longer, lambda part: part["distance"].iloc[0]),
             0.1,

@@ -116,21 +116,21 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_least(
             "The largest eigenvalue of the Fisher matrix falls with γ.",
-            "S140, section 3",
+            "S140, largest eigenvalue of the Fisher matrix",
             "λmax over that of the next smaller γ, smallest over γ",
             by_seed(largest, flattening),
             1.0,
         ),
         at_least(
             "With a small γ the loss is flatter than without normalization.",
-            "S140, section 3",
+            "S140, largest eigenvalue of the Fisher matrix",
             "λmax, none over smallest γ",
             by_seed(largest, beside),
             2.0,
         ),
         at_least(
             "A smaller γ is trained best by a larger learning rate.",
-            "S140, section 4",
+            "S140, experiments",
             "best learning rate, smallest trained γ over largest",
             by_seed(losses, best),
             1.5,

@@ -138,28 +138,28 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         at_most(
             "A wide two-layer network with weight normalization converges to zero training loss.",
-            "S143, section 4",
+            "S143, convergence of two-layer networks",
             "largest loss over α at the end, over that at the start",
             by_seed(last[last["network"] != PLAIN], lambda part: part["loss"].max()),
             0.05,
         ),
         at_most(
             "Such a network converges as its kernel at the start predicts.",
-            "S143, section 4",
+            "S143, convergence of two-layer networks",
             "largest |log loss / log predicted - 1| over α and times, losses over 1e-12",
             by_seed(normalized, _error),
             0.15,
         ),
         at_most(
             "The kernel hardly moves in training.",
-            "S143, section 4",
+            "S143, convergence of two-layer networks",
             "largest ‖Λ(t) - Λ(0)‖/‖Λ(0)‖ over α and times",
             by_seed(normalized, lambda part: part["moved"].max()),
             0.2,
         ),
         at_least(
             "With a small α such a network converges faster than without normalization.",
-            "S143, section 5",
+            "S143, speed by the initial scale",
             f"-log loss at the end, {fastest}, over {PLAIN}",
             by_seed(last, lambda part: rate(part, fastest) / rate(part, PLAIN)),
             1.5,

@@ -129,7 +129,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
     return (
         equal(
             "Without normalization each block doubles the second moment of the stream.",
-            "S087, section 3",
+            "S087, signal propagation plots",
             "slope of log2 (variance + squared mean) over blocks, none",
             by_seed(of(NONE), slope),
             1.0,
@@ -138,21 +138,21 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "With BatchNorm the variance grows linearly.",
-            "S087, section 3",
+            "S087, signal propagation plots",
             "R² of a line through variance by block, BatchNorm",
             by_seed(of(BATCH), linear),
             0.98,
         ),
         at_least(
             "With standardized weights and predicted scales it grows linearly without BatchNorm.",
-            "S087, section 4",
+            "S087, scaled weight standardization",
             "R² of a line through variance by block",
             by_seed(of(SCALED), linear),
             0.98,
         ),
         equal(
             "The variance then is what was predicted, 1 + the number of blocks.",
-            "S087, section 4",
+            "S087, scaled weight standardization",
             "variance after the last block over 1 + blocks, standardized weights",
             by_seed(of(SCALED), lambda part: part["variance"].iloc[-1] / (1 + part["block"].iloc[-1])),
             1.0,
@@ -161,14 +161,14 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
         ),
         at_least(
             "Without the standardization of weights the means of channels grow beside their variances.",
-            "S087, section 4",
+            "S087, scaled weight standardization",
             "squared mean over variance after the last block, plain weights over standardized",
             [a / b for a, b in zip(by_seed(of(HE), shift), by_seed(of(SCALED), shift), strict=True)],
             3.0,
         ),
         at_most(
             "Standardized weights keep the means small.",
-            "S087, section 4",
+            "S087, scaled weight standardization",
             "squared mean over variance after the last block, standardized weights",
             by_seed(of(SCALED), shift),
             0.2,
