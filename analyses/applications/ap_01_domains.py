@@ -14,8 +14,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from analyses import style
+from analyses.applications.digits import digits
 from analyses.claim import Claim, at_least, by_seed
-from analyses.stochasticity.network import classifier, digits
 from normscope import applications, workbench
 
 ID = "AP-1"
@@ -51,7 +51,7 @@ def setting(fast: bool) -> Setting:
 def run(setting: Setting, seed: int) -> pd.DataFrame:
     """Take the statistics of batches of each domain; `silhouette` and `neighbor` are of all batches in a layer."""
     train, _ = digits(seed, setting.examples)
-    model = classifier(train, seed, batch=64, epochs=setting.epochs)
+    model = workbench.classifier(train, seed, epochs=setting.epochs)
     generator = torch.Generator().manual_seed(seed)
     domains = {name: train[0] if name == "clean" else workbench.corrupt(train[0], name, seed=seed) for name in DOMAINS}
     drawn = {

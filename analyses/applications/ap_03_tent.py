@@ -11,8 +11,8 @@ from matplotlib.figure import Figure as Canvas
 from torch import Tensor, nn
 
 from analyses import style
+from analyses.applications.digits import digits
 from analyses.claim import Claim, at_least, by_seed, untestable
-from analyses.stochasticity.network import classifier, digits, logits
 from normscope import applications, workbench
 
 ID = "AP-3"
@@ -50,11 +50,12 @@ def setting(fast: bool) -> Setting:
 def run(setting: Setting, seed: int) -> pd.DataFrame:
     """Group test digits by entropy (`value` is their error), and adapt in each way (`value` is the accuracy)."""
     train, (images, labels) = digits(seed, setting.examples)
-    model = classifier(train, seed, batch=64, epochs=setting.epochs)
+    model = workbench.classifier(train, seed, epochs=setting.epochs)
     rows: list[tuple[object, ...]] = []
     for shift in SHIFTS:
         shifted = workbench.corrupt(images, shift, seed=seed)
-        outputs = logits(model, shifted)
+        with torch.no_grad():
+            outputs = model(shifted)
         entropy = applications.entropy(outputs)
         wrong = (outputs.argmax(1) != labels).double()
         for place, index in enumerate(entropy.argsort().chunk(setting.groups)):
@@ -71,10 +72,11 @@ def _adapted(model: nn.Module, images: Tensor, setting: Setting) -> tuple[Tensor
     running = applications.prediction_time(model)
     tent = applications.Tent(model)
     with torch.no_grad():
+        source = model(images)
         norm = torch.cat([running(batch) for batch in batches])
     for _ in range(setting.passes):
         last = torch.cat([tent(batch) for batch in batches])
-    return logits(model, images), norm, last
+    return source, norm, last
 
 
 def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:

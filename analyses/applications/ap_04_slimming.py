@@ -11,8 +11,8 @@ from matplotlib.figure import Figure as Canvas
 from torch import Tensor, nn
 
 from analyses import style
+from analyses.applications.digits import digits
 from analyses.claim import Claim, at_least, at_most, by_seed
-from analyses.stochasticity.network import digits
 from normscope import applications, workbench
 
 ID = "AP-4"

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure as Canvas
 from torch import Tensor, nn
 
 from analyses import style
+from analyses.applications.digits import digits
 from analyses.claim import Claim, at_least
-from analyses.stochasticity.network import digits
 from normscope import workbench
 
 ID = "AP-5"

@@ -16,8 +16,8 @@ TITLE = "Centering calibration: its weights by layer"
 SOURCES = ("S062",)
 CAPTION = (
     "Representative batch normalization adds $w_m K_m$ to the input of each layer, K the mean of a channel of the "
-    "example at hand, $w_m$ = 0 at first. A residual network (8 channels, three stages of two blocks, separated "
-    "by lines) after training on 1000 digits: (a) mean of $w_m$ over the channels of a layer, (b) mean of its "
+    "example at hand, $w_m$ = 0 at first. A residual network (8 channels, three stages of one block, separated by "
+    "lines) after training on 1000 digits: (a) mean of $w_m$ over the channels of a layer, (b) mean of its "
     "absolute value. Shortcut layers are left out."
 )
 COLUMNS = ("layer", "path", "stage", "mean", "absolute")
@@ -73,7 +73,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             "mean |w_m| of the last stage over that of all others",
             by_seed(frame, last_over_others),
             1.0,
-            reason="with three stages of four layers each the last is not special",
+            reason="with three stages of two layers each the last is not special",
         ),
         at_least(
             "The weights of the first layer of a stage are larger.",
@@ -81,7 +81,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             "mean |w_m| of the first layers of the stages over that of their other layers",
             by_seed(frame, first_over_others),
             1.0,
-            reason="with four layers a stage, two at one resolution, no layer stands out",
+            reason="the largest are those of the last layer, which is the second of its stage",
         ),
     )
 

@@ -58,7 +58,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             "rank correlation of layer and mean |w_v|",
             by_seed(frame, lambda part: np.corrcoef(part["layer"], part["absolute"].rank())[0, 1]),
             0.5,
-            reason="the network is shallow, and its first layers see single strokes whose strength varies most",
+            reason="only the weights of the last layer are large; those before it do not grow with depth",
         ),
         at_most(
             "The mean scaling weight of a layer stays at most 1.",

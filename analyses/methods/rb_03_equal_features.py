@@ -18,8 +18,8 @@ SOURCES = ("S062",)
 CAPTION = (
     "Mean of each channel over space as it varies over test images, in the second layer of the third stage "
     "(network of RB-1): standard deviation, channels sorted, before and after scaling calibration. After it is "
-    "smaller, but most of that is the factor $\\sigma(1)$ = 0.73 (dashed) by which the calibration starts and "
-    "which γ makes up for. Channels become no more equal."
+    "smaller, but only by the factor $\\sigma(1)$ = 0.73 (dashed) by which the calibration starts and which γ "
+    "makes up for; training takes part of that back, and channels become no more equal."
 )
 COLUMNS = ("channel", "before", "after", "initial")
 
@@ -79,7 +79,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             "mean standard deviation after over before, over σ(1)",
             by_seed(frame, lambda part: float(part["after"].mean() / part["initial"].mean())),
             0.98,
-            reason="the factor that the calibration starts with is all of it here",
+            reason="training opens the gate again, so that less than the initial factor is left",
         ),
         at_most(
             "It makes the channels more equal.",
@@ -87,7 +87,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             "coefficient of variation over channels, after over before",
             by_seed(frame, lambda part: spread(part["after"]) / spread(part["before"])),
             0.95,
-            reason="a short training moves the weights too little to tell channels apart",
+            reason="the trained weights of this layer are positive: the gate opens for what is large",
         ),
     )
 

@@ -44,7 +44,7 @@ def trained(kind: str, seed: int, *, examples: int, epochs: int, channels: int =
     """
     train, _ = digits(seed, examples)
     torch.manual_seed(seed)
-    model = workbench.residual_cnn(channels)
+    model = workbench.residual_cnn(channels, (1, 1, 1))
     if kind != BN:
         norms.convert(model, to="representative-batch")
     calibration, others = [], []

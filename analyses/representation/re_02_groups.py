@@ -37,8 +37,8 @@ class Setting:
     epochs: int = 5
     batch: int = 128
     rate: float = 0.05
-    normalized: tuple[int, ...] = (1, 8, 32, 64, 128)
-    whitened: tuple[int, ...] = (1, 4, 8, 16, 32)
+    normalized: tuple[int, ...] = (1, 8, 32, 128)
+    whitened: tuple[int, ...] = (1, 4, 16, 32)
 
 
 def setting(fast: bool) -> Setting:

@@ -16,7 +16,7 @@ ID = "RE-4"
 TITLE = "Training BatchNorm and only BatchNorm"
 SOURCES = ("S154",)
 CAPTION = (
-    "Residual networks of 16 channels (digits of 7 x 7 pixels, 15 passes over 2000), all weights as initialized "
+    "Residual networks of 16 channels (digits of 7 x 7 pixels, 15 passes over 1500), all weights as initialized "
     "but those named. (a) γ and β alone learn the digits, the better the deeper the network, though convolutions "
     "and head are random; as many weights of the convolutions, drawn at random, learn far less. (b) Beside the "
     "head alone and all weights, for the deepest network."
@@ -30,7 +30,7 @@ class Setting:
 
     depths: tuple[int, ...] = (1, 2, 4)
     channels: int = 16
-    examples: int = 2000
+    examples: int = 1500
     epochs: int = 15
 
 

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure as Canvas
 
 from analyses import style
 from analyses.claim import Claim, at_least, by_seed, equal
-from analyses.stochasticity.network import classifier, digits, logits, scores
+from analyses.stochasticity.network import digits, logits, scores
+from normscope import workbench
 
 ID = "ST-7"
 TITLE = "The gap between training and inference by batch size"
@@ -49,7 +50,7 @@ def run(setting: Setting, seed: int) -> pd.DataFrame:
     train, test = digits(seed, setting.examples)
     rows = []
     for batch in setting.batches:
-        model = classifier(train, seed, batch=batch, epochs=setting.epochs)
+        model = workbench.classifier(train, seed, batch=batch, epochs=setting.epochs)
         loss_batch, accuracy_batch = scores(logits(model, train[0], batch), train[1])
         loss_stored, accuracy_stored = scores(logits(model, train[0]), train[1])
         accuracy_test = scores(logits(model, test[0]), test[1])[1]

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure as Canvas
 
 from analyses import style
 from analyses.claim import Claim, at_least, at_most, by_seed
-from analyses.stochasticity.network import classifier, digits, logits
-from normscope import norms
+from analyses.stochasticity.network import digits, logits
+from normscope import norms, workbench
 
 ID = "ST-9"
 TITLE = "Batch statistics as a measure of uncertainty"
@@ -54,7 +54,7 @@ def run(setting: Setting, seed: int) -> pd.DataFrame:
     train, (images, labels) = digits(seed, setting.examples)
     rows = []
     for batch in setting.batches:
-        model = classifier(train, seed, batch=batch, epochs=setting.epochs)
+        model = workbench.classifier(train, seed, batch=batch, epochs=setting.epochs)
         stored = logits(model, images).softmax(-1)
         generator = torch.Generator().manual_seed(seed)
         passes = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from normscope.workbench.breaks import BREAKS
+from normscope.workbench.classifier import classifier
 from normscope.workbench.corruptions import CORRUPTIONS, corrupt
 from normscope.workbench.data import batches, mnist, split, text, windows
 from normscope.workbench.models import mlp, residual_cnn, transformer
@@ -13,6 +14,7 @@ __all__ = [
     "CORRUPTIONS",
     "accuracy",
     "batches",
+    "classifier",
     "corrupt",
     "cross_entropy",
     "evaluate",
