@@ -20,7 +20,7 @@ from normscope.scope.examine import MAX_BATCHES, examine
 from normscope.scope.session import SUBJECTS
 
 RETURNS = ("model", "loss", "batches")
-ALWAYS = ("run", "structure", "optimizer")  # told whatever subjects are asked for
+ALWAYS = ("run", "training", "structure", "optimizer")  # told whatever subjects are asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

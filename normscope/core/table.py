@@ -124,7 +124,9 @@ def findings_table(findings: Sequence[Finding], width: int, color: bool | None =
         else:
             place = f"  at {row[2]}" if row[2] else ""
             when = f"  step {row[3]}" if row[3] else ""
-            below = textwrap.wrap(message, max(width, 24), initial_indent=_INDENT, subsequent_indent=_INDENT)
+            below = textwrap.wrap(
+                message, max(width, 24), initial_indent=_INDENT, subsequent_indent=_INDENT, break_on_hyphens=False
+            )
             text = [f"{row[0].ljust(sizes[0])}{row[1]}{place}{when}", *below]
         if painted:
             text[0] = f"\x1b[{COLORS[finding.verdict][0]}m{row[0]}\x1b[0m{text[0][len(row[0]) :]}"
@@ -153,7 +155,7 @@ def _html_row(finding: Finding) -> str:
 
 def _filled(begin: str, message: str, left: int) -> list[str]:
     """Write a message to the right of where its line begins."""
-    first, *more = textwrap.wrap(message, left) or [""]
+    first, *more = textwrap.wrap(message, left, break_on_hyphens=False) or [""]
     return [begin + first, *(" " * len(begin) + line for line in more)]
 
 

@@ -56,7 +56,8 @@ def _norms(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
 def _angles(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
     """Angles of the worst weights, and what the settings of the worst imply."""
     sites, columns = _chosen(record, sites), ANGLES.columns
-    angles = by_step(_moving(record, sites, "angle"), sites[: MOST_CURVES - 1], columns)
+    moving = _moving(record, sites, "angle")
+    angles = by_step(moving, [str(site) for site in moving.columns[: MOST_CURVES - 1]], columns)
     if not len(angles):
         return angles
     expected = by_step(_moving(record, sites, "expected"), angles["site"].iloc[:1], columns)

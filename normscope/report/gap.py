@@ -234,7 +234,9 @@ def plain(measured: Measurements, findings: Sequence[Finding]) -> str:
     lines = [f"Gap of {printable(measured.model)}: {', '.join(facts(measured))}", ""]
     lines += _columns(("statistics", printable(measured.metric), "recovered"), first)
     for text, mark in marks.items():
-        lines += textwrap.wrap(text, _WIDTH, initial_indent=f"  {mark} ", subsequent_indent="    ")
+        lines += textwrap.wrap(
+            text, _WIDTH, initial_indent=f"  {mark} ", subsequent_indent="    ", break_on_hyphens=False
+        )
     head = ("one norm switched", "recovered", "KL in nats", "expected", "channels beyond")
     lines += ["", *_columns(head, second)]
     lines += [f"  and {len(norms) - _LISTED} more in .norms"] if len(norms) > _LISTED else []
@@ -253,5 +255,5 @@ def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _told(finding: Finding) -> list[str]:
     begin = f"{SYMBOLS[finding.verdict]} {finding.verdict.value}  {finding.id}"
     told = [("", finding.message), ("Cause: ", finding.cause), ("Remedy: ", finding.remedy)]
-    wrapped = [textwrap.wrap(word + printable(text), _WIDTH - 4) for word, text in told if text]
+    wrapped = [textwrap.wrap(word + printable(text), _WIDTH - 4, break_on_hyphens=False) for word, text in told if text]
     return [begin, *(f"    {line}" for lines in wrapped for line in lines)]

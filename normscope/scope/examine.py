@@ -72,14 +72,15 @@ def examine(
         name="examined",
     )
     quiet = not sys.stderr.isatty() if progress is None else not progress
-    stored = [(buffer, buffer.detach().clone()) for buffer in inner.buffers()]
+    stored = [(b, b._version, b.detach().clone()) for b in inner.buffers() if not b.is_inference()]
     try:
         with _undisturbed(inner, session):
             for number, batch in enumerate(tqdm(held, desc="batches", unit="batch", disable=quiet)):
                 session.annotate({"loss": _run(problem, inner, batch, number)})
                 session.look(still)
-                for buffer, value in stored:  # each batch meets the model as it is
-                    buffer.copy_(value)
+                for buffer, version, value in stored:  # each batch meets the model as it is
+                    if buffer._version != version:
+                        buffer.copy_(value)
     finally:
         hooks.remove()
         session.finish(measure=False)

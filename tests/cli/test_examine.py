@@ -11,6 +11,7 @@ import pytest
 
 import normscope as ns
 from normscope.cli import main
+from normscope.cli.examine import ALWAYS
 from normscope.scope.session import PROBES, SUBJECTS
 
 SOURCE = """
@@ -138,7 +139,7 @@ def test_what_was_wrong_with_the_factory_is_named(text, capsys, folder):
 def test_chosen_subjects_are_measured_and_judged_alone(folder, capsys, subjects):
     assert main(["examine", "examined_package.mod:make", "--out", "some", "--json", "--subjects", *subjects]) == 0
     found = {finding["id"].partition(".")[0] for finding in json.loads(capsys.readouterr().out)}
-    assert found - {"run"} == set(subjects)
+    assert found - {*ALWAYS} == set(subjects)
 
 
 def test_every_probe_belongs_to_a_subject():

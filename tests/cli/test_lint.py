@@ -60,7 +60,7 @@ def test_json_is_the_public_form(capsys):
 
 FAILURES = {
     "nothing": "model=None must be a torch.nn.Module",
-    "many": "returned 4 values; it must return model or (model, optimizer) or (model, optimizer, example).",
+    "many": "returned 4 values; it must return (model[, optimizer[, example]]).",
 }
 
 
