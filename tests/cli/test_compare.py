@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 import normscope as ns
 from normscope.cli import main
@@ -36,7 +37,10 @@ QUICK = ["--steps", "3", "--lr", "0.05", "--seeds", "1"]
 def folder(tmp_path, monkeypatch):
     (tmp_path / "compared_layers.py").write_text(SOURCE)
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield tmp_path
+    torch.set_num_threads(threads)
     sys.modules.pop("compared_layers", None)
 
 
