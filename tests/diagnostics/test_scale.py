@@ -9,6 +9,7 @@ from torch import nn
 
 from normscope.core.finding import Verdict
 from normscope.diagnostics import diagnose, scale
+from normscope.metrics.scale import invariance
 from tests.diagnostics.test_propagation import only
 from tests.metrics.test_scale import Sign, free, make, train
 
@@ -69,7 +70,7 @@ def test_a_bias_breaks_invariance_before_layer_normalization():
     record = run(sgd(), model=model)
     found = only(scale.invariance(record))
     assert (found.verdict, found.evidence["invariant"]) == (OK, 0)  # only both together are, which is as it should be
-    assert metrics.invariance(record)["unit"]["0/weight"] == "none"
+    assert invariance(record)["unit"]["0/weight"] == "none"
 
 
 def test_a_layer_in_evaluation_mode_breaks_invariance():
