@@ -21,7 +21,7 @@ CAPTION = (
     "Perceptrons (784-256-256-10), five passes over 2000 digits, with group normalization or group whitening "
     "(Newton's iteration, T = 5) of g groups; the lines mark where the constraints reach the number of features: "
     "g = d/2 = 128 and g = 21. With groups of two, group normalization leaves signs, which have no gradient, and "
-    "nothing is learned; group whitening declines past its bound."
+    "nothing is learned; group whitening loses little just past its bound."
 )
 COLUMNS = ("method", "groups", "train", "test")
 
@@ -95,6 +95,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             "best test accuracy less that of the most groups",
             by_seed(frame, lambda part: fewest(part, GW) - accuracy(part, GW, most_whitened)),
             0.01,
+            reason="32 groups are just past the bound of 21, and two of three seeds lose less than 0.01",
         ),
         at_least(
             "Below the bound group whitening serves training as well as BatchNorm.",
