@@ -49,7 +49,7 @@ def test_a_recorded_run_is_reproduced():
     found = trial.run(trial.Task("batch", Make(wanted, Norm("batch")), wanted.fit, 0.05, 1, None, options))
     assert found.reason == ""
     assert found.metrics["test_loss"] == pytest.approx(stored.metrics["test_loss"], rel=0.05)
-    assert found.measured["memory"] == stored.measured["memory"]
+    assert found.measured["memory"] == pytest.approx(stored.measured["memory"], rel=1e-4)
     assert np.allclose(found.curve[:4], stored.curve[:4], rtol=1e-2)
 
 
