@@ -7,7 +7,9 @@ from normscope.diagnostics.explanation import explanations
 from normscope.workbench import BREAKS
 
 
-@pytest.mark.parametrize(("model", "name"), [("cnn", "dead-units"), ("cnn", "evaluation-mode"), ("transformer", "missing-norm")])
+@pytest.mark.parametrize(
+    ("model", "name"), [("cnn", "dead-units"), ("cnn", "evaluation-mode"), ("transformer", "missing-norm")]
+)
 def test_a_defect_is_found(model, name, tmp_path, capsys):
     steps = ("--steps", "40", "--out", str(tmp_path / "run"))
     assert main(["demo", "--model", model, "--break", name, *steps]) == 0
