@@ -22,10 +22,44 @@ def small_digits(seed: int, examples: int) -> tuple[Pair, Pair]:
     return (inputs[:examples], targets[:examples]), test
 
 
+class Block(nn.Module):
+    """Two 3x3 convolutions, each after BatchNorm and ReLU, added to what comes in: [N, C, H, W] to the same."""
+
+    def __init__(self, channels: int) -> None:
+        """Build the parts."""
+        super().__init__()
+        self.branch = nn.Sequential(
+            *(nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1, bias=False)),
+            *(nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1, bias=False)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the branch."""
+        added: Tensor = x + self.branch(x)
+        return added
+
+
+def network(channels: int, depth: int) -> nn.Sequential:
+    """Build a residual network, BatchNorm before each convolution, with He's initialization; its head sees 2 x 2."""
+    model = nn.Sequential(
+        nn.Conv2d(1, channels, 3, stride=2, padding=1, bias=False),
+        *(Block(channels) for _ in range(depth)),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * channels, 10),
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+    return model
+
+
 def trained(
     way: str, depth: int, train: Pair, seed: int, *, channels: int = 16, epochs: int = 20, rate: float = 0.1
 ) -> nn.Module:
-    """Train a residual network of one stage in one of several ways, all else as it was initialized.
+    """Train a residual network in one of several ways, all else as it was initialized.
 
     γ is drawn from [0, 1] and β is 0 at first, as published.
 
@@ -43,7 +77,7 @@ def trained(
         The network.
     """
     torch.manual_seed(seed)
-    model = workbench.residual_cnn(channels, (depth,))
+    model = network(channels, depth)
     for norm in norm_layers(model):
         nn.init.uniform_(norm.weight)
     chosen = _chosen(model, way)
