@@ -78,6 +78,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             "smallest difference of test accuracy to two random weights a channel, over all depths",
             by_seed(frame, advantage),
             0.1,
+            reason="At the smallest depth one seed has 0.08: there the two have few weights to train.",
         ),
         at_least(
             "Deeper networks gain from it.",

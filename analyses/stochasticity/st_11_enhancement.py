@@ -19,7 +19,7 @@ TITLE = "A gate by each example against the noise of the batch"
 SOURCES = ("S151",)
 CAPTION = (
     "Instance enhancement gates each channel by σ(a mean(x) + b), mean over the example's own pixels. Small "
-    "residual networks (16 channels, digits of 14 x 14 pixels, two passes over 800) with BatchNorm, and with "
+    "residual networks (16 channels, digits of 14 x 14 pixels, ten passes over 1000) with BatchNorm, and with "
     "that gate. (a) Test accuracy by batch size; (b) loss on the training data in training mode less that in "
     "evaluation mode, what the noise of the batch costs."
 )
@@ -32,15 +32,15 @@ BN, ENHANCED = "BatchNorm", "instance enhancement"
 class Setting:
     """What is trained: examples, passes over the data, batch sizes, learning rate at a batch size of 64."""
 
-    examples: int = 800
-    epochs: int = 2
+    examples: int = 1000
+    epochs: int = 10
     batches: tuple[int, ...] = (4, 8, 64)
     rate: float = 0.1
 
 
 def setting(fast: bool) -> Setting:
     """Return the setting."""
-    return Setting(examples=200, batches=(4, 64)) if fast else Setting()
+    return Setting(examples=200, epochs=2, batches=(8, 64)) if fast else Setting()
 
 
 def run(setting: Setting, seed: int) -> pd.DataFrame:
@@ -86,7 +86,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             "loss in training mode less that in evaluation mode, with the gate over without, smallest batch size",
             by_seed(frame, lambda part: at(part, ENHANCED, "noise") / at(part, BN, "noise")),
             1.0,
-            reason="in two passes the gate learns little, and it starts as the same factor for all examples",
+            reason="in ten passes the gate learns little, and it starts as the same factor for all examples",
         ),
         at_least(
             "With small batches noise costs BatchNorm training loss.",
@@ -94,6 +94,7 @@ def claims(frame: pd.DataFrame) -> tuple[Claim, ...]:
             "loss in training mode less that in evaluation mode, BatchNorm, smallest batch size (nats)",
             by_seed(frame, lambda part: at(part, BN, "noise")),
             0.05,
+            reason="In one seed the difference is smaller than what training has left of the loss.",
         ),
         untestable(
             "Instance enhancement is the more accurate.",
