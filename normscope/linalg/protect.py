@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn.parameter import is_lazy
 
 from normscope.core.silence import silence
 
@@ -30,30 +31,65 @@ def restored(model: nn.Module, heard: object = None) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    modules = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    kept = [value for _, attributes, _ in modules for value in attributes.values()]
-    tensors = [t for t in (*model.buffers(), *kept) if isinstance(t, torch.Tensor) and not t.is_inference()]
-    copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    generators = [(value, _state(value)) for value in kept if _state(value) is not None]
-    with ExitStack() as stack:
-        for tensor, _ in copies:  # a backward may still wait for it
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    held = [dict(vars(module)) for module in modules]
+    kept = [value for attributes in held for value in attributes.values()]
+    tensors = [t for t in (*model.buffers(), *kept) if isinstance(t, torch.Tensor) and _can_be_kept(t)]
+    with ExitStack() as stack:  # each step of it is taken, whatever another one raises
+        for tensor in tensors:  # a backward may still wait for it
             stack.enter_context(_unsafe_preserve_version_counter(tensor))
+        for tensor in tensors:
+            stack.callback(_restore_tensor, tensor, tensor.detach().clone())
+        for value in kept:
+            if _state(value) is not None:
+                stack.callback(_set_state, value, _state(value))
+        for module, attributes in zip(modules, held, strict=True):
+            stack.callback(_restore_module, module, attributes, {name: dict(attributes[name]) for name in _OWNED})
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
         stack.enter_context(without_hooks(model.parameters()))
-        try:
-            with random_states(model), silence() if heard is None else silence(heard):
-                yield
-        finally:
-            for module, attributes, buffers in modules:
-                for name in vars(module).keys() - attributes.keys():
-                    del vars(module)[name]
-                vars(module).update(attributes)
-                module._buffers.update(buffers)  # a module may have put new tensors in their place
-            for generator, state in generators:
-                _set_state(generator, state)
-            with torch.no_grad():
-                for tensor, saved in copies:
-                    if not torch.equal(tensor, saved):  # one that overlaps itself takes no writing, and has had none
-                        tensor.copy_(saved)
+        with random_states(model), silence() if heard is None else silence(heard):
+            yield
+
+
+_OWNED = ("_buffers", "_modules", "_parameters")
+
+
+def _can_be_kept(tensor: torch.Tensor) -> bool:
+    return not is_lazy(tensor) and not tensor.is_inference() and tensor.device.type != "meta"
+
+
+def _restore_module(module: nn.Module, attributes: dict[str, Any], owned: dict[str, dict[str, Any]]) -> None:
+    """Take away what a module has put on itself, and put back what it had, in the places where it was."""
+    for name in vars(module).keys() - attributes.keys():
+        del vars(module)[name]
+    vars(module).update(attributes)
+    for name, saved in owned.items():
+        now = attributes[name]
+        for key in now.keys() - saved.keys():
+            del now[key]
+        now.update(saved)
+
+
+@torch.no_grad()
+def _restore_tensor(tensor: torch.Tensor, saved: torch.Tensor) -> None:
+    """Write back what was changed, bit for bit; of a tensor that overlaps itself each place once."""
+    if _same(tensor, saved):
+        return
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            tensor, saved = tensor.narrow(dim, 0, 1), saved.narrow(dim, 0, 1)
+    tensor.copy_(saved)
+
+
+def _same(tensor: torch.Tensor, saved: torch.Tensor) -> bool:
+    """Tell whether two tensors have the same bits: NaN equals itself, and -0 is not 0."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.shape != saved.shape:
+        return torch.equal(tensor, saved)
+    bits = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (tensor, saved)]
+    return torch.equal(*bits)
 
 
 def _state(value: object) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from normscope.core.errors import ArgumentError
@@ -53,12 +54,21 @@ def examine(
 
     Returns:
         The record, for `diagnose`, `write_report` and all else that takes one.
-        An argument that cannot work, or a loss that is no scalar with a gradient, is an ArgumentError.
+        A loss that is no scalar with a gradient is an ArgumentError.
+
+    Raises:
+        ArgumentError: an argument cannot work.
     """
     problem = Problem(model, loss, batches, forward=forward, reduction=reduction, held=MAX_BATCHES)
     inner = unwrapped(model)
+    if isinstance(inner, torch.jit.ScriptModule):
+        raise ArgumentError(
+            f"model={type(inner).__name__} is scripted and takes no hooks; pass the module that it was made from."
+        )
     still = _still(inner)
     held = problem.take(MAX_BATCHES)
+    kept = [b for b in inner.buffers() if not is_lazy(b) and not b.is_inference()]
+    stored = [(b, b._version, b.detach().clone()) for b in kept]
     session, hooks, *_ = watch(
         inner,
         (),
@@ -72,7 +82,6 @@ def examine(
         name="examined",
     )
     quiet = not sys.stderr.isatty() if progress is None else not progress
-    stored = [(b, b._version, b.detach().clone()) for b in inner.buffers() if not b.is_inference()]
     try:
         with _undisturbed(inner, session):
             for number, batch in enumerate(tqdm(held, desc="batches", unit="batch", disable=quiet)):
