@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import normscope as ns
+from normscope.linalg.protect import restored
 from normscope.probes.snapshots import SNAPSHOTS
 
 LOSS = nn.functional.cross_entropy
@@ -84,3 +85,54 @@ def test_a_loss_with_parameters_keeps_its_own_gradients():
     head = nn.Linear(4, 4)
     ns.examine(nn.Linear(4, 4), lambda output, target: LOSS(head(output), target), [BATCH], progress=False)
     assert head.weight.grad is None
+
+
+class Restless(nn.Module):
+    """Writes where a look must leave no trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.norm.running_mean = torch.zeros(1).expand(4)
+        self.norm.running_var = torch.ones(1).expand(4)
+        self.register_buffer("cache", torch.full((1,), float("nan")).expand(4))
+        self.register_buffer("zero", torch.tensor([-0.0]))
+
+    def forward(self, x):
+        self.zero.zero_()
+        if not hasattr(self, "extra"):
+            self.extra = nn.BatchNorm1d(4)
+            self.register_buffer("table", torch.ones(4))
+        self.linear.weight.requires_grad_(False)
+        return self.extra(self.linear(x))
+
+
+def test_what_a_forward_adds_goes_and_what_overlaps_itself_or_is_minus_zero_stays():
+    model = Restless()
+    with restored(model):
+        model(torch.randn(8, 4))
+        model.norm.running_mean.as_strided((1,), (1,)).fill_(3.0)
+    assert [name for name, _ in model.named_modules()] == ["", "linear", "norm"]
+    assert [name for name, _ in model.named_buffers()] == [
+        "cache",
+        "zero",
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+    ]
+    assert torch.signbit(model.zero).all()
+    assert model.cache.isnan().all()
+    assert model.norm.running_mean.tolist() == [0.0] * 4
+    assert model.linear.weight.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+def test_scripted_modules_inside_keep_their_statistics_and_modes():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    model = nn.Sequential(scripted, nn.BatchNorm1d(4))
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    with restored(model):
+        model(torch.randn(8, 4))
+        model.eval()
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    assert all(module.training for module in model.modules())
