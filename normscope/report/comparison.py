@@ -329,9 +329,12 @@ class Comparison:
         """Write the table of the metrics, and where the rest is."""
         names = dict.fromkeys(name for trial in self.trials for name in trial.metrics)
         measured = set(self.summary()["quantity"])
+        lost = [name for name in names if name not in measured]
+        names = dict.fromkeys(name for name in names if name in measured)
         further = [name for name in ("final_loss", "speed", "memory") if name in measured]
         seeds = len({trial.seed for trial in self.trials})
         head = f"Comparison of {len(self.entries)} entries, {len(self.trials)} runs, {seeds} seeds"
+        head += f"; never finite: {', '.join(lost)}" if lost else ""
         tail = "more: .table() .summary() .frame() .figures() .save(folder) .report(path)"
         return f"{head}\n\n{self.table('text', [*names, *further][:_SHOWN])}\n\n{tail}"
 
