@@ -181,7 +181,10 @@ class Tent(nn.Module):
         with torch.inference_mode(False), torch.enable_grad():
             for _ in range(self.steps):
                 logits: Tensor = self.model(x)
-                gradients = torch.autograd.grad(entropy(logits).mean(), self._free)
+                loss = entropy(logits).mean()
+                if not torch.isfinite(loss):  # an empty batch, or one with NaN, would spoil the gains for good
+                    break
+                gradients = torch.autograd.grad(loss, self._free)
                 for p, gradient in zip(self._free, gradients, strict=True):
                     p.grad = gradient
                 self._optimizer.step()

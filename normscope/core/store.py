@@ -10,6 +10,7 @@ misread.
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import struct
 import time
@@ -24,6 +25,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from normscope.core.errors import ArgumentError, StoreError
+
+try:
+    import fcntl
+except ImportError:  # not on this system
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from normscope.core.earlier import Earlier
@@ -78,11 +84,14 @@ class Store:
         self._scalars: dict[int, dict[Layer, bytes]] = {}  # by step
         self._layouts: dict[tuple[Layer, ...], int] = {} if earlier is None else dict(earlier.layouts)
         self._written = set(self._layouts.values())  # layouts that the file holds
+        self._lock: int | None = None
         try:
             self._connection = sqlite3.connect(self.path or ":memory:", isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA busy_timeout = 5000")
+            self._lock = None if self.path is None else _locked(self.path.parent)
             if earlier is not None:
                 _await_others(self._connection)
+                _check_unchanged(self._connection, earlier.step)
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
             if earlier is None:
@@ -95,6 +104,8 @@ class Store:
         except (sqlite3.Error, UnicodeError, StoreError) as error:
             if earlier is not None:
                 self._connection.close()
+                _unlock(self._lock)
+                self._lock = None
                 raise StoreError(
                     f"run={str(path)!r} cannot be resumed ({error}); close the process or the scope that still writes "
                     "or reads it, or choose another folder."
@@ -104,6 +115,8 @@ class Store:
 
     def _discard(self) -> None:
         """Take away a file that could not be begun, so that the folder can be used again."""
+        _unlock(self._lock)
+        self._lock = None
         if self.path is not None:
             for suffix in ("", "-wal", "-shm"):
                 Path(f"{self.path}{suffix}").unlink(missing_ok=True)
@@ -185,6 +198,8 @@ class Store:
             pass  # a reader holds the file: the log stays beside it, nothing is lost
         finally:
             self._connection.close()
+            _unlock(self._lock)
+            self._lock = None
 
     def _add(self, table: str, *row: object) -> None:
         self._pending.append(_checked(table, *row))
@@ -208,6 +223,35 @@ def _checked(table: str, *row: object) -> tuple[str, tuple[object, ...]]:
 def run_exists(path: str | Path) -> bool:
     """Tell whether a folder holds a run."""
     return (Path(path) / FILE_NAME).exists()
+
+
+def _locked(folder: Path) -> int | None:
+    """Lock a folder for the one that writes a run into it, as long as it lives; None where locks are not to be had."""
+    # the folder and not the file: closing a second handle of that would take away SQLite's own locks
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise StoreError("another process or scope writes it") from error
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return None
+    return handle
+
+
+def _unlock(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
+
+
+def _check_unchanged(connection: sqlite3.Connection, step: int) -> None:
+    """Refuse to go on from what was read where the file has grown since."""
+    (last,) = connection.execute("SELECT MAX(step) FROM steps").fetchone()
+    if (-1 if last is None else last) + 1 != step:
+        raise StoreError("it has grown since it was read")
 
 
 def _await_others(connection: sqlite3.Connection) -> None:

@@ -72,7 +72,7 @@ LONG_STEPS = ("training.learning-rate", *INFLATED, *BROKEN, *SILENT, *CONDITIONI
 CAUSES: tuple[Cause, ...] = (
     Cause("training.uncleared-gradients", LONG_STEPS),
     Cause("training.input-scale", ("training.initial-loss", *LONG_STEPS)),
-    Cause("structure.eps", ("propagation.eps-dominates", "conditioning.curvature-dominated")),
+    Cause("structure.eps", ("propagation.eps-dominates", "conditioning.curvature-dominated", *STATISTICS)),
     Cause("optimizer.parameter-twice", LONG_STEPS),
     Cause("training.clipping", ("training.learning-rate",), _told),
     Cause("training.stuck-weights", ("optimizer.decay-lost", "optimizer.gains-stuck", "training.learning-rate")),

@@ -14,6 +14,7 @@ from normscope.diagnostics import (
     Diagnostic,
     conditioning,
     curvature,
+    gap,
     id_of,
     mismatch,
     noise,
@@ -91,6 +92,13 @@ COMPARED: Mapping[str, str] = {
     "mismatch.updated-twice": "updates of running statistics for each training forward",
     "mismatch.evaluation-mode": "divergence of the batch from the stored statistics, in nats",
     "mismatch.tiny-variance": "fraction of channels with a running variance below eps",
+    "mismatch.stored-statistics": "chance of a difference of the metric as large as this",
+    "mismatch.target-shift": "chance of a difference of the metric as large as this",
+    "mismatch.served-in-training-mode": "chance of a difference of the metric as large as this",
+    "mismatch.batch-statistics": "chance of a difference of the metric as large as this",
+    "mismatch.norm-cost": "chance of a difference of the metric as large as this, over all norms",
+    "mismatch.broken-statistics": "stored numbers that are no statistics",
+    "mismatch.frozen-norms": "layers that cannot be switched",
     "structure.forward-fails": "errors of a normalization layer on the example",
     "structure.few-values": "numbers that one mean or variance is taken of",
     "structure.dropout-before-norm": "variance in training over that in inference, at least",
@@ -109,10 +117,32 @@ COMPARED: Mapping[str, str] = {
     "optimizer.gains-stuck": "learning rate over a gain in bfloat16",
 }
 
+# what the findings of normscope.gap tell
+GAP: Mapping[str, str] = {
+    "mismatch.stored-statistics": "a model is better with statistics taken anew of its training data",
+    "mismatch.target-shift": "the data that are served differ from those of training, and what gives the loss back",
+    "mismatch.served-in-training-mode": "a model is served with the statistics of each batch",
+    "mismatch.batch-statistics": "the statistics of each batch are better than those that are stored",
+    "mismatch.norm-cost": "one normalization layer by itself costs what others do not",
+    "mismatch.broken-statistics": "stored statistics are NaN, infinite, or negative variances",
+    "mismatch.frozen-norms": "normalization layers keep no statistics that could be taken anew",
+}
+# the level of their tests
+GAP_LEVEL: Mapping[str, float] = {
+    f"mismatch.{name}": 0.01
+    for name in ("stored-statistics", "target-shift", "served-in-training-mode", "batch-statistics", "norm-cost")
+}
+
 # of findings whose cause or remedy depends on what was found
-_CAUSES: Mapping[str, str] = {"run.no-data": "The run was too short, or was attached to after it had ended."}
+_CAUSES: Mapping[str, str] = {
+    "run.no-data": "The run was too short, or was attached to after it had ended.",
+    "mismatch.batch-statistics": "Stored statistics do not describe these batches, each of which describes itself.",
+}
 _REMEDIES: Mapping[str, str] = {
     "run.no-data": "Call attach before the first optimizer step, and train past a second sampled step (every=).",
+    "mismatch.batch-statistics": "Recalibrate on data like these; where they change all the time, use "
+    "normscope.applications.adaptation.prediction_time, with batches as large as these.",
+    "mismatch.frozen-norms": "Nothing, if it is meant; else put torch.nn.BatchNorm2d in their place first.",
     "noise.gradient-noise": "Far below that batch size a larger batch, or a lower learning rate, saves steps; far "
     "above it a smaller batch saves samples.",
 }
@@ -171,7 +201,11 @@ def explanations() -> dict[str, Explanation]:
     """Return the explanations of all findings by id, in the order in which they are judged."""
     modules = (run, training, propagation, conditioning, curvature, scale, noise, mismatch, structure, optimizer)
     rules = {rule.id: rule for module in modules for rule in vars(module).values() if isinstance(rule, Rule)}
-    return {id_of(judge): _explained(judge, rules[id_of(judge)]) for judge in DIAGNOSTICS}
+    judged = {id_of(judge): _explained(_what(judge), rules[id_of(judge)]) for judge in DIAGNOSTICS}
+    compared = {rule.id: rule for rule in vars(gap).values() if isinstance(rule, Rule)}
+    every = judged | {name: _explained(f"whether {what}.", compared[name]) for name, what in GAP.items()}
+    order = list(SUBJECTS)
+    return dict(sorted(every.items(), key=lambda item: order.index(item[0].partition(".")[0])))
 
 
 def _closest(name: str, known: Iterable[str]) -> list[str]:
@@ -181,8 +215,11 @@ def _closest(name: str, known: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(spelled[part] for part in found))
 
 
-def _explained(judge: Diagnostic, rule: Rule) -> Explanation:
-    told = (inspect.getdoc(judge) or "").partition("\n\nArgs:")[0].removeprefix("Judge ")
+def _what(judge: Diagnostic) -> str:
+    return (inspect.getdoc(judge) or "").partition("\n\nArgs:")[0].removeprefix("Judge ")
+
+
+def _explained(told: str, rule: Rule) -> Explanation:
     origin = rule.threshold_source
     return Explanation(
         id=rule.id,
@@ -190,7 +227,7 @@ def _explained(judge: Diagnostic, rule: Rule) -> Explanation:
         cause=rule.cause or _CAUSES.get(rule.id, ""),
         remedy=rule.remedy or _REMEDIES.get(rule.id, ""),
         compared=COMPARED.get(rule.id, ""),
-        threshold=rule.threshold,
+        threshold=GAP_LEVEL.get(rule.id, 0.0) if rule.threshold is None else rule.threshold,
         origin=origin if ":" in origin else str(cite(origin)),
         source=cite(rule.source),
     )

@@ -39,7 +39,7 @@ def restored(model: nn.Module, heard: object = None) -> Iterator[None]:
         for tensor in tensors:  # a backward may still wait for it
             stack.enter_context(_unsafe_preserve_version_counter(tensor))
         for tensor in tensors:
-            stack.callback(_restore_tensor, tensor, tensor.detach().clone())
+            stack.callback(restore_tensor, tensor, tensor.detach().clone())
         for value in kept:
             if _state(value) is not None:
                 stack.callback(_set_state, value, _state(value))
@@ -74,8 +74,13 @@ def _restore_module(module: nn.Module, attributes: dict[str, Any], owned: dict[s
 
 
 @torch.no_grad()
-def _restore_tensor(tensor: torch.Tensor, saved: torch.Tensor) -> None:
-    """Write back what was changed, bit for bit; of a tensor that overlaps itself each place once."""
+def restore_tensor(tensor: torch.Tensor, saved: torch.Tensor) -> None:
+    """Write back what was changed, bit for bit; of a tensor that overlaps itself each place once.
+
+    Args:
+        tensor: the tensor.
+        saved: a copy of what it was.
+    """
     if _same(tensor, saved):
         return
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from tqdm import tqdm
 
 from normscope.core.errors import ArgumentError
+from normscope.linalg.protect import restore_tensor
 from normscope.norms.area import Area, Batch
 from normscope.norms.average import LOCAL, Across, Average
 from normscope.norms.layer import Norm, Normalization
@@ -116,14 +117,14 @@ def _measure(
     *,
     by_batch: bool,
 ) -> None:
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     try:
         with torch.no_grad(), _measuring(model, pools, by_batch):
             for batch in batches:
                 (forward or _call)(model, batch)
     finally:
         for buffer, value in saved:
-            buffer.copy_(value)
+            restore_tensor(buffer, value)
     if not any(pool.total for pool in pools.values()):
         raise ArgumentError("batches reached no norm with running statistics; pass at least one batch, not used up.")
 
@@ -235,6 +236,8 @@ class _Pool:
     def add(self, new: dict[str, Tensor], samples: float) -> None:
         """Put the statistics of one batch to those of the batches before."""
         weight = samples if self.pooled else 1.0
+        if not weight:  # a batch without samples
+            return
         self.total += weight
         share = weight / self.total
         old, self.stats = self.stats, {}

@@ -172,6 +172,13 @@ def _check_same(model: nn.Module, before: Earlier) -> None:
             raise ArgumentError(f"{said}: {site} has shape {mine[site]}, in the run {shape}; {advice}")
         if site not in mine and not lazy:
             raise ArgumentError(f"{said}: it has no {site}, which in the run has shape {shape}; {advice}")
+    described = before.provenance.get("structure")
+    classes = {row["module"]: row["class"] for row in described["modules"]} if isinstance(described, dict) else {}
+    for name, module in model.named_modules():
+        if classes.get(name, type(module).__name__) != type(module).__name__ and not lazy:
+            raise ArgumentError(
+                f"{said}: {name or 'it'} is {type(module).__name__}, in the run {classes[name]}; {advice}"
+            )
     count, known = sum(map(math.prod, mine.values())), before.provenance.get("parameters")
     began_lazy = isinstance(known, int) and sum(map(math.prod, theirs.values())) > known
     if count != known and not began_lazy and not lazy:

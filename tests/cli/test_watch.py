@@ -53,7 +53,10 @@ def finished(tmp_path_factory):
 
 def frame(folder, **settings):
     record = ns.load(folder)
-    return live(record, ns.diagnose(record), 1e9 + 30, 1e9 + 90, Style(**settings))
+    dead = ns.Finding(
+        id="propagation.dead-units", verdict=ns.Verdict.WARNING, message="Units are dead.", site="2/output"
+    )
+    return live(record, [dead, *ns.diagnose(record)], 1e9 + 30, 1e9 + 90, Style(**settings))
 
 
 def test_once_prints_one_frame_of_what_the_record_holds(finished, capsys):

@@ -4,14 +4,16 @@ import pytest
 
 from normscope.core.errors import ArgumentError
 from normscope.core.source import cite
-from normscope.diagnostics import DIAGNOSTICS, id_of
-from normscope.diagnostics.explanation import COMPARED, SUBJECTS, explain, explanations
+from normscope.diagnostics import DIAGNOSTICS, gap, id_of
+from normscope.diagnostics.explanation import COMPARED, GAP, SUBJECTS, explain, explanations
+from normscope.diagnostics.rule import Rule
 
 ALL = explanations()
 
 
 def test_every_diagnostic_is_explained_in_its_order():
-    assert list(ALL) == [id_of(judge) for judge in DIAGNOSTICS]
+    assert [name for name in ALL if name not in GAP] == [id_of(judge) for judge in DIAGNOSTICS]
+    assert {rule.id for rule in vars(gap).values() if isinstance(rule, Rule)} == {*GAP}
     assert set(COMPARED) == set(ALL)
     assert list(SUBJECTS) == list(dict.fromkeys(name.partition(".")[0] for name in ALL))
 

@@ -121,7 +121,7 @@ def test_a_run_is_what_it_would_be_without_compare():
     model = make_bn()
     torch.manual_seed(0)
     expected = fit(model, functools.partial(ns.attach, probes="parameters"), seed=0)
-    assert trial.metrics == {name: float(value) for name, value in expected.items()}
+    assert trial.metrics == {name: float(torch.as_tensor(value).detach()) for name, value in expected.items()}
 
 
 def test_what_is_measured_of_a_run():
