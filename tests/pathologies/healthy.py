@@ -117,10 +117,6 @@ def zoo(name: str, **options: Any) -> Any:
     return lambda channels: ns.norms.build(name, channels, **options)
 
 
-def _same(setup: Setup) -> None:
-    """Change nothing."""
-
-
 HEALTHY: tuple[Case, ...] = (
     Case("healthy-cnn", "cnn", cnn),
     Case("healthy-cnn-wide", "cnn", partial(cnn, channels=16, blocks=(1, 1), batch=64), lasting(60)),
