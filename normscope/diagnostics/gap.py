@@ -236,7 +236,9 @@ def _alone(m: Measurements) -> list[Finding]:
         "channels_beyond": float(divergent["beyond"]),
     }
     if not gain.usable:
-        return ALONE.undecided(f"{said}: {gain.status.value}.", _help(gain), evidence=evidence)
+        return ALONE.undecided(
+            f"What a norm recovers by itself is not known: {_why_not(gain)}.", _help(gain), evidence=evidence
+        )
     rule = replace(ALONE, threshold=_limit(m, gain, k))
     if not _costs(m, gain, k):
         return rule.ok(f"No norm by itself recovers more than {_limit(m, gain, k):.2g} ({of}).", evidence)
@@ -337,6 +339,10 @@ _TARGET = "Pass target_batches: batches of the data that the model serves, with 
 _BATCHES = "Pass batches of at least two samples."
 
 
+def _why_not(gain: Estimate) -> str:
+    return "the metric is not finite" if gain.status is Status.NON_FINITE else gain.status.value
+
+
 def _help(gain: Estimate) -> str:
     """Say what to pass where a difference cannot be judged."""
     if gain.status is Status.NON_FINITE:
@@ -349,7 +355,7 @@ def _verdict(
 ) -> list[Finding]:
     """Conclude from one row against another."""
     if not gain.usable:
-        return rule.undecided(f"{_capital(said)}: {gain.status.value}.", _help(gain), evidence=_evidence(m, gain))
+        return rule.undecided(f"{_capital(said)}: {_why_not(gain)}.", _help(gain), evidence=_evidence(m, gain))
     rule = replace(rule, threshold=_limit(m, gain, len(m.rows) - 1))
     text = f"{_capital(said)}{_paired(gain)} (threshold {rule.threshold:.2g})"
     if not _costs(m, gain, len(m.rows) - 1):
