@@ -14,7 +14,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from analyses import style
-from analyses.applications.digits import digits
 from analyses.claim import Claim, at_least, by_seed
 from normscope import applications, workbench
 
@@ -50,7 +49,7 @@ def setting(fast: bool) -> Setting:
 
 def run(setting: Setting, seed: int) -> pd.DataFrame:
     """Take the statistics of batches of each domain; `silhouette` and `neighbor` are of all batches in a layer."""
-    train, _ = digits(seed, setting.examples)
+    train, _ = workbench.digits(seed, setting.examples)
     model = workbench.classifier(train, seed, epochs=setting.epochs)
     generator = torch.Generator().manual_seed(seed)
     domains = {name: train[0] if name == "clean" else workbench.corrupt(train[0], name, seed=seed) for name in DOMAINS}
@@ -70,10 +69,6 @@ def run(setting: Setting, seed: int) -> pd.DataFrame:
             pd.DataFrame({**columns, "silhouette": silhouette_score(points, labels), "neighbor": _own(points, labels)})
         )
     return pd.concat(parts, ignore_index=True)[list(COLUMNS)]
-
-
-def _some(total: int, count: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(total, generator=generator)[:count]
 
 
 def _statistics(model: nn.Module, path: str, drawn: dict[str, list[Tensor]]) -> np.ndarray:

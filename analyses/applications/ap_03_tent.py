@@ -11,7 +11,6 @@ from matplotlib.figure import Figure as Canvas
 from torch import Tensor, nn
 
 from analyses import style
-from analyses.applications.digits import digits
 from analyses.claim import Claim, at_least, by_seed, untestable
 from normscope import applications, workbench
 
@@ -49,7 +48,7 @@ def setting(fast: bool) -> Setting:
 
 def run(setting: Setting, seed: int) -> pd.DataFrame:
     """Group test digits by entropy (`value` is their error), and adapt in each way (`value` is the accuracy)."""
-    train, (images, labels) = digits(seed, setting.examples)
+    train, (images, labels) = workbench.digits(seed, setting.examples)
     model = workbench.classifier(train, seed, epochs=setting.epochs)
     rows: list[tuple[object, ...]] = []
     for shift in SHIFTS:

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure as Canvas
 from torch import Tensor, nn
 
 from analyses import style
-from analyses.applications.digits import digits
 from analyses.claim import Claim, at_least, at_most, by_seed
 from normscope import applications, workbench
 
@@ -50,7 +49,7 @@ def setting(fast: bool) -> Setting:
 
 def run(setting: Setting, seed: int) -> pd.DataFrame:
     """Train with each penalty; keep the histogram of gains, the share near zero, and the accuracy when pruned."""
-    train, test = digits(seed, setting.examples)
+    train, test = workbench.digits(seed, setting.examples)
     rows: list[tuple[object, ...]] = []
     for strength in setting.strengths:
         model = _trained(setting, train, strength, seed)

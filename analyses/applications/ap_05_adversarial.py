@@ -11,7 +11,6 @@ from matplotlib.figure import Figure as Canvas
 from torch import Tensor, nn
 
 from analyses import style
-from analyses.applications.digits import digits
 from analyses.claim import Claim, at_least
 from normscope import workbench
 
@@ -48,7 +47,7 @@ def setting(fast: bool) -> Setting:
 
 def run(setting: Setting, seed: int) -> pd.DataFrame:
     """Train each network and perturb the test digits."""
-    train, (images, labels) = digits(seed, setting.examples)
+    train, (images, labels) = workbench.digits(seed, setting.examples)
     rows = []
     for name, norm in _NORMS.items():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Digits, and the outputs of a network with the statistics of each batch in place of the stored ones."""
+"""The outputs of a network with the statistics of each batch in place of the stored ones."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ from torch import Tensor, nn
 from normscope import workbench
 
 Pair = tuple[Tensor, Tensor]
-
-
-def digits(seed: int, examples: int = 4000) -> tuple[Pair, Pair]:
-    """Return a training pair of so many MNIST digits and the test pair of 1000."""
-    (images, labels), test = workbench.split(*workbench.mnist(), seed)
-    return (images[:examples], labels[:examples]), test
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure as Canvas
 
 from analyses import style
 from analyses.claim import Claim, at_least, by_seed, equal
-from analyses.stochasticity.network import digits, logits, scores
+from analyses.stochasticity.network import logits, scores
 from normscope import workbench
 
 ID = "ST-7"
@@ -47,7 +47,7 @@ def setting(fast: bool) -> Setting:
 
 def run(setting: Setting, seed: int) -> pd.DataFrame:
     """Train with each batch size and compare both modes."""
-    train, test = digits(seed, setting.examples)
+    train, test = workbench.digits(seed, setting.examples)
     rows = []
     for batch in setting.batches:
         model = workbench.classifier(train, seed, batch=batch, epochs=setting.epochs)

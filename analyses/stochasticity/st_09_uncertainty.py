@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Canvas
 
 from analyses import style
 from analyses.claim import Claim, at_least, at_most, by_seed
-from analyses.stochasticity.network import digits, logits
+from analyses.stochasticity.network import logits
 from normscope import norms, workbench
 
 ID = "ST-9"
@@ -51,7 +51,7 @@ def setting(fast: bool) -> Setting:
 
 def run(setting: Setting, seed: int) -> pd.DataFrame:
     """Predict with the statistics of random training batches."""
-    train, (images, labels) = digits(seed, setting.examples)
+    train, (images, labels) = workbench.digits(seed, setting.examples)
     rows = []
     for batch in setting.batches:
         model = workbench.classifier(train, seed, batch=batch, epochs=setting.epochs)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analyses import style
 from analyses.claim import Claim, at_least, at_most, by_seed
-from analyses.stochasticity.network import digits, logits, scores
+from analyses.stochasticity.network import logits, scores
 from normscope import workbench
 
 ID = "ST-10"
@@ -46,7 +46,7 @@ def setting(fast: bool) -> Setting:
 
 def run(setting: Setting, seed: int) -> pd.DataFrame:
     """Test with stored and with batch statistics on each corruption; a batch size of 0 stands for the stored ones."""
-    train, (images, labels) = digits(seed, setting.examples)
+    train, (images, labels) = workbench.digits(seed, setting.examples)
     model = workbench.classifier(train, seed, batch=64, epochs=setting.epochs)
     rows = []
     for kind in (CLEAN, *workbench.CORRUPTIONS):

@@ -88,7 +88,7 @@ class Store:
         try:
             self._connection = sqlite3.connect(self.path or ":memory:", isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA busy_timeout = 5000")
-            self._lock = None if self.path is None else _locked(self.path.parent)
+            self._lock = _locked(self.path.parent) if self.path else None
             if earlier is not None:
                 _await_others(self._connection)
                 _check_unchanged(self._connection, earlier.step)
@@ -104,8 +104,7 @@ class Store:
         except (sqlite3.Error, UnicodeError, StoreError) as error:
             if earlier is not None:
                 self._connection.close()
-                _unlock(self._lock)
-                self._lock = None
+                self._unlock()
                 raise StoreError(
                     f"run={str(path)!r} cannot be resumed ({error}); close the process or the scope that still writes "
                     "or reads it, or choose another folder."
@@ -115,8 +114,7 @@ class Store:
 
     def _discard(self) -> None:
         """Take away a file that could not be begun, so that the folder can be used again."""
-        _unlock(self._lock)
-        self._lock = None
+        self._unlock()
         if self.path is not None:
             for suffix in ("", "-wal", "-shm"):
                 Path(f"{self.path}{suffix}").unlink(missing_ok=True)
@@ -198,8 +196,12 @@ class Store:
             pass  # a reader holds the file: the log stays beside it, nothing is lost
         finally:
             self._connection.close()
-            _unlock(self._lock)
-            self._lock = None
+            self._unlock()
+
+    def _unlock(self) -> None:
+        handle, self._lock = self._lock, None
+        if handle is not None:
+            os.close(handle)
 
     def _add(self, table: str, *row: object) -> None:
         self._pending.append(_checked(table, *row))
@@ -240,11 +242,6 @@ def _locked(folder: Path) -> int | None:
         os.close(handle)
         return None
     return handle
-
-
-def _unlock(handle: int | None) -> None:
-    if handle is not None:
-        os.close(handle)
 
 
 def _check_unchanged(connection: sqlite3.Connection, step: int) -> None:

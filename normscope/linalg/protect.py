@@ -34,12 +34,12 @@ def restored(model: nn.Module, heard: object = None) -> Iterator[None]:
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     held = [dict(vars(module)) for module in modules]
     kept = [value for attributes in held for value in attributes.values()]
-    tensors = [t for t in (*model.buffers(), *kept) if isinstance(t, torch.Tensor) and _can_be_kept(t)]
+    saved = copies(t for t in (*model.buffers(), *kept) if isinstance(t, torch.Tensor))
     with ExitStack() as stack:  # each step of it is taken, whatever another one raises
-        for tensor in tensors:  # a backward may still wait for it
+        for tensor, _ in saved:  # a backward may still wait for it
             stack.enter_context(_unsafe_preserve_version_counter(tensor))
-        for tensor in tensors:
-            stack.callback(restore_tensor, tensor, tensor.detach().clone())
+        for tensor, copy in saved:
+            stack.callback(restore_tensor, tensor, copy)
         for value in kept:
             if _state(value) is not None:
                 stack.callback(_set_state, value, _state(value))
@@ -57,8 +57,17 @@ def restored(model: nn.Module, heard: object = None) -> Iterator[None]:
 _OWNED = ("_buffers", "_modules", "_parameters")
 
 
-def _can_be_kept(tensor: torch.Tensor) -> bool:
-    return not is_lazy(tensor) and not tensor.is_inference() and tensor.device.type != "meta"
+def copies(tensors: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Copy tensors, for `restore_tensor`.
+
+    Args:
+        tensors: any tensors; those that have no values or take no writing are left out.
+
+    Returns:
+        Each tensor with its copy.
+    """
+    kept = [t for t in tensors if not is_lazy(t) and not t.is_inference() and t.device.type != "meta"]
+    return [(tensor, tensor.detach().clone()) for tensor in kept]
 
 
 def _restore_module(module: nn.Module, attributes: dict[str, Any], owned: dict[str, dict[str, Any]]) -> None:

@@ -39,6 +39,7 @@ class Rates(NamedTuple):
     fastest: str
 
 
+@tables.once
 def rates(record: Record) -> Rates | None:
     """Return how far a run moves its weights; None where no matrix was measured at two steps.
 

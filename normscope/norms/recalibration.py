@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from tqdm import tqdm
 
 from normscope.core.errors import ArgumentError
-from normscope.linalg.protect import restore_tensor
+from normscope.linalg.protect import copies, restore_tensor
 from normscope.norms.area import Area, Batch
 from normscope.norms.average import LOCAL, Across, Average
 from normscope.norms.layer import Norm, Normalization
@@ -117,7 +117,7 @@ def _measure(
     *,
     by_batch: bool,
 ) -> None:
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    saved = copies(model.buffers())
     try:
         with torch.no_grad(), _measuring(model, pools, by_batch):
             for batch in batches:

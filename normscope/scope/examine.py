@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from normscope.core.errors import ArgumentError
 from normscope.linalg.problem import Forward, Problem, drops
-from normscope.linalg.protect import restored
+from normscope.linalg.protect import copies, restore_tensor, restored
 from normscope.scope.watch import Layers, unwrapped, watch
 
 if TYPE_CHECKING:
@@ -67,8 +66,7 @@ def examine(
         )
     still = _still(inner)
     held = problem.take(MAX_BATCHES)
-    kept = [b for b in inner.buffers() if not is_lazy(b) and not b.is_inference()]
-    stored = [(b, b._version, b.detach().clone()) for b in kept]
+    stored = copies(inner.buffers())
     session, hooks, *_ = watch(
         inner,
         (),
@@ -87,9 +85,8 @@ def examine(
             for number, batch in enumerate(tqdm(held, desc="batches", unit="batch", disable=quiet)):
                 session.annotate({"loss": _run(problem, inner, batch, number)})
                 session.look(still)
-                for buffer, version, value in stored:  # each batch meets the model as it is
-                    if buffer._version != version:
-                        buffer.copy_(value)
+                for buffer, value in stored:  # each batch meets the model as it is
+                    restore_tensor(buffer, value)
     finally:
         hooks.remove()
         session.finish(measure=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from normscope.workbench.breaks import BREAKS
 from normscope.workbench.classifier import classifier
 from normscope.workbench.corruptions import CORRUPTIONS, corrupt
-from normscope.workbench.data import batches, mnist, split, text, windows
+from normscope.workbench.data import batches, digits, mnist, split, text, windows
 from normscope.workbench.models import mlp, residual_cnn, transformer
 from normscope.workbench.train import accuracy, cross_entropy, evaluate, fit
 
@@ -17,6 +17,7 @@ __all__ = [
     "classifier",
     "corrupt",
     "cross_entropy",
+    "digits",
     "evaluate",
     "fit",
     "mlp",

@@ -69,6 +69,20 @@ def split(images: Tensor, labels: Tensor, seed: int) -> tuple[Pair, Pair]:
     return (images[first], labels[first]), (images[second], labels[second])
 
 
+def digits(seed: int, examples: int | None = None) -> tuple[Pair, Pair]:
+    """Read the digits, split as `split` does, with as many training examples as asked for.
+
+    Args:
+        seed: what decides the split and the order.
+        examples: training examples, at most 4000; all by default.
+
+    Returns:
+        The training pair and the test pair of 1000.
+    """
+    (images, labels), test = split(*mnist(), seed)
+    return (images[:examples], labels[:examples]), test
+
+
 def _shuffled(index: Tensor, generator: torch.Generator) -> Tensor:
     return index[torch.randperm(len(index), generator=generator)]
 

@@ -120,3 +120,13 @@ def test_windows_are_followed_by_their_next_token():
 def test_sizes_that_do_not_fit_are_refused_at_once(draw, message):
     with pytest.raises(ArgumentError, match=message):
         draw()
+
+
+def test_digits_are_the_split_cut_to_size():
+    (whole, test), (few, same) = data.digits(3), data.digits(3, 50)
+    expected, held = split(*mnist(), 3)
+    for found, wanted in ((whole, expected), (test, held), (same, held)):
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1], wanted[1])
+    assert len(few[0]) == len(few[1]) == 50
+    assert torch.equal(few[0], expected[0][:50])
