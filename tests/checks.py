@@ -145,6 +145,7 @@ def not_finite(record: ns.Record) -> list[tuple[str, str]]:
     """List scalars that are NaN or infinite though every tensor was finite; the few that may be undefined excepted."""
     undefined = {"change", "kurtosis", "saturated", "drift", "gap", "batch", "training", "updates", "loss"}
     undefined |= {"cosine", "relative", "radial", "angle"}  # of a bias that is zero
+    undefined |= {"rms_t"}  # of an optimizer without a second moment
     return [
         (block.site, stat)
         for block in record.blocks

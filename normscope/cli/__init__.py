@@ -19,6 +19,7 @@ COMMANDS = (
     ("compare", "train normalizations, of the table or your own, alike on small work and lay them side by side"),
     ("findings", "tell what a finding means, why it happens and what to do; without an id list all"),
     ("report", "judge a run and write its page, or print its findings as JSON"),
+    ("explain", "tell what made the loss of a run jump: which tensors moved first, why, and what to do"),
     ("watch", "show a run in the terminal while it grows"),
     ("catalog", "list the works of the survey and what of each is here"),
 )

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from normscope.core.errors import ArgumentError, unknown_name
+from normscope.core.schedule import FLIGHT
 
 COLUMNS = ("run", "step", "site", "phase", "role", "stat", "value")
 
@@ -23,7 +24,7 @@ class Block:
     Attributes:
         run: name of the run.
         site: the site as a string.
-        phase: "train", "batch", "population" or "noise" (see `normscope.core.site.Key`).
+        phase: "train", "batch", "population", "noise" or "flight" (see `normscope.core.site.Key`).
         role: "value", "gradient" or "update".
         stats: names of the columns of `values`.
         steps: [n] sampled steps, increasing.
@@ -46,7 +47,7 @@ class Channels:
     Attributes:
         run: name of the run.
         site: the site as a string.
-        phase: "train", "batch", "population" or "noise".
+        phase: "train", "batch", "population", "noise" or "flight".
         role: "value", "gradient" or "update".
         stat: name of the statistic.
         steps: [n] steps, increasing.
@@ -91,7 +92,8 @@ class Record:
     @property
     def steps(self) -> np.ndarray:
         """All sampled steps, increasing."""
-        return np.unique(np.concatenate([b.steps for b in self.blocks])) if self.blocks else np.empty(0, np.int64)
+        found = [block.steps for block in self.blocks if block.phase != FLIGHT]
+        return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
 
     def __repr__(self) -> str:
         """Say what the record holds."""
@@ -159,7 +161,7 @@ class Record:
             site: glob over sites, as "layer3.*" or "*/output".
             role: glob over "value", "gradient", "update".
             stat: glob over statistics; "rms" takes the layer's scalar alone, "rms*" its extremes over channels too.
-            phase: glob over "train", "batch", "population", "noise".
+            phase: glob over "train", "batch", "population", "noise", "flight".
             run: glob over names of runs.
             steps: first and last step, both included.
 
@@ -193,7 +195,7 @@ class Record:
             site: the site, as "layer1.conv/output".
             stat: the statistic, as "rms" or "rms.max".
             role: "value", "gradient" or "update".
-            phase: "train", "batch", "population" or "noise".
+            phase: "train", "batch", "population", "noise" or "flight".
             run: name of the run; the only one by default.
 
         Returns:
@@ -220,7 +222,7 @@ class Record:
             site: the site, as "layer1.conv/output".
             stat: the statistic, as "rms".
             role: "value", "gradient" or "update".
-            phase: "train", "batch", "population" or "noise".
+            phase: "train", "batch", "population", "noise" or "flight".
             run: name of the run; the only one by default.
 
         Returns:
@@ -245,7 +247,7 @@ class Record:
             stat: the statistic, as "rms".
             slot: glob over slots.
             role: "value", "gradient" or "update".
-            phase: "train", "batch", "population" or "noise".
+            phase: "train", "batch", "population", "noise" or "flight".
 
         Returns:
             float32 frame; NaN where a site was not measured at a step. A statistic that was not recorded is an

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 ARRAYS_PER_RUN = 64
+FLIGHT = "flight"  # phase of what the flight recorder keeps
+RING = 256  # last steps of which it keeps everything
 _DENSE, _RATIO = 8, 1.25
 _KEPT = frozenset(range(_DENSE)) | {round(_DENSE * _RATIO**k) for k in range(ARRAYS_PER_RUN - 1 - _DENSE)}
 _RARE = frozenset(sorted(_KEPT)[::4])

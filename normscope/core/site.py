@@ -34,7 +34,8 @@ class Key(NamedTuple):
     Attributes:
         site: the site as a string.
         phase: "train" for the training steps themselves, "batch" and "population" for a held batch run with batch or
-            with running statistics, "noise" for held samples run in many batches.
+            with running statistics, "noise" for held samples run in many batches, "flight" for the steps of which the
+            flight recorder holds every one.
         role: "value" (activation, weight, buffer), "gradient" or "update".
         stat: name of the statistic; "rms" is over the whole layer, "rms.min", "rms.q50", "rms.max" over its channels.
     """

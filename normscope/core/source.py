@@ -220,6 +220,14 @@ FURTHER: tuple[Source, ...] = (
         2024,
         f"{_ARXIV}2301.07825",
     ),
+    Source(
+        "wortsman2023stable",
+        "Stable and low-precision training for large-scale vision-language models",
+        2023,
+        f"{_ARXIV}2304.13013",
+    ),
+    Source("chowdhery2022", "PaLM: Scaling Language Modeling with Pathways", 2022, f"{_ARXIV}2204.02311"),
+    Source("dixit2021", "Silent Data Corruptions at Scale", 2021, f"{_ARXIV}2102.11245"),
     Source("sun2024", "Massive Activations in Large Language Models", 2024, f"{_ARXIV}2402.17762"),
     Source(
         "pan2018",

@@ -82,6 +82,8 @@ class Store:
         self.path = None if path is None else _new_file(Path(path)) if earlier is None else Path(path) / FILE_NAME
         self._pending: list[tuple[str, tuple[object, ...]]] = []
         self._scalars: dict[int, dict[Layer, bytes]] = {}  # by step
+        self._rows: list[tuple[int, tuple[Layer, ...], bytes]] = []
+        self._forgotten: list[tuple[str, int, int]] = []
         self._layouts: dict[tuple[Layer, ...], int] = {} if earlier is None else dict(earlier.layouts)
         self._written = set(self._layouts.values())  # layouts that the file holds
         self._lock: int | None = None
@@ -127,6 +129,14 @@ class Store:
         """Add the scalars of one site at one step: their names and their values."""
         self._scalars.setdefault(step, {})[site, phase, role, stats] = _float32(values)
 
+    def series(self, step: int, layout: tuple[Layer, ...], values: np.ndarray) -> None:
+        """Add numbers of many sites at one step, in a row of their own: the layout and, in its order, the values."""
+        self._rows.append((step, layout, _float32(values)))
+
+    def forget(self, phase: str, first: int, last: int) -> None:
+        """Take away, at the next commit, what `series` has added of a phase from the first step to the last."""
+        self._forgotten.append((phase, first, last))
+
     def array(self, step: int, site: str, phase: str, role: str, stat: str, values: np.ndarray) -> None:
         """Add one per-channel array."""
         self._add("arrays", self.run, site, phase, role, stat, step, _float32(values))
@@ -161,24 +171,25 @@ class Store:
                 found = [row for _, row in group]
                 places = ", ".join("?" * len(found[0]))
                 self._connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", found)
+            for phase, first, last in self._forgotten:
+                mine = [(n, first, last) for layout, n in self._layouts.items() if layout and layout[0][1] == phase]
+                self._connection.executemany("DELETE FROM scalars WHERE layout = ? AND step BETWEEN ? AND ?", mine)
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise StoreError(f"{self.path}: {self.waiting} rows wait to be written: {error}") from error
-        self._pending.clear()
-        self._scalars.clear()
+        self._clear()
         self._written.update(self._layouts.values())
 
     @property
     def waiting(self) -> int:
         """Number of rows not yet written."""
-        return len(self._pending) + sum(map(len, self._scalars.values()))
+        return len(self._pending) + len(self._rows) + sum(map(len, self._scalars.values()))
 
     def drop_waiting(self) -> None:
         """Forget the waiting rows, and which layouts they would have begun."""
-        self._pending.clear()
-        self._scalars.clear()
+        self._clear()
         self._layouts = {keys: number for keys, number in self._layouts.items() if number in self._written}
 
     def record(self) -> Record:
@@ -206,16 +217,21 @@ class Store:
     def _add(self, table: str, *row: object) -> None:
         self._pending.append(_checked(table, *row))
 
+    def _clear(self) -> None:
+        for waiting in (self._pending, self._scalars, self._rows, self._forgotten):
+            waiting.clear()
+
     def _packed(self) -> list[tuple[str, tuple[object, ...]]]:
         """Return the waiting scalars as rows, one a step, after the layouts that they begin."""
-        layouts, packed = [], []
-        for step, found in self._scalars.items():
-            keys = tuple(found)
+        layouts: dict[int, tuple[str, tuple[object, ...]]] = {}
+        packed = []
+        rows = [(step, tuple(found), b"".join(found.values())) for step, found in self._scalars.items()]
+        for step, keys, data in [*rows, *self._rows]:
             number = self._layouts.setdefault(keys, 1 + max(self._layouts.values(), default=-1))
-            if number not in self._written:  # again, where the commit before failed
-                layouts.append(_checked("layouts", number, self.run, json.dumps(keys)))
-            packed.append(_checked("scalars", number, step, b"".join(found.values())))
-        return layouts + packed
+            if number not in self._written and number not in layouts:  # again, where the commit before failed
+                layouts[number] = _checked("layouts", number, self.run, json.dumps(keys))
+            packed.append(_checked("scalars", number, step, data))
+        return [*layouts.values(), *packed]
 
 
 def _checked(table: str, *row: object) -> tuple[str, tuple[object, ...]]:

@@ -66,7 +66,19 @@ INFLATED = (
     "curvature.outliers",
     "propagation.outlier-channels",
 )
-LONG_STEPS = ("training.learning-rate", *INFLATED, *BROKEN, *SILENT, *CONDITIONING, "curvature.trace-dominated")
+SPIKES = tuple(
+    f"spikes.{kind}"
+    for kind in ("overflow", "outside", "schedule", "attention", "second-moment", "data", "instability", "undecided")
+)
+LONG_STEPS = (
+    "training.learning-rate",
+    *INFLATED,
+    *SPIKES,
+    *BROKEN,
+    *SILENT,
+    *CONDITIONING,
+    "curvature.trace-dominated",
+)
 
 # the first that applies is the cause, so what comes earlier in the network or in time stands higher
 CAUSES: tuple[Cause, ...] = (
@@ -97,8 +109,9 @@ CAUSES: tuple[Cause, ...] = (
     Cause("propagation.dead-units", (*SILENT, *CONDITIONING)),
     Cause("propagation.signal-exploding", ("propagation.gradient-exploding", *BROKEN, *CONDITIONING)),
     Cause("propagation.gradient-exploding", BROKEN),
-    Cause("propagation.non-finite", BROKEN),
+    Cause("propagation.non-finite", (*BROKEN, "spikes.overflow", "spikes.undecided")),
     Cause("propagation.outlier-channels", CONDITIONING, _told),
+    *(Cause(spike, (*BROKEN, "scale.effective-rate", "propagation.outlier-channels")) for spike in SPIKES),
 )
 _EXACT = BROKEN  # findings whose step is that of the event: what shows later is no cause of it
 

@@ -22,6 +22,7 @@ from normscope.diagnostics import (
     propagation,
     run,
     scale,
+    spikes,
     structure,
     training,
 )
@@ -29,6 +30,7 @@ from normscope.diagnostics.rule import Rule
 
 SUBJECTS: Mapping[str, str] = {
     "run": "is the record complete, and did training last",
+    "spikes": "jumps of the loss, and which tensors moved first",
     "training": "the loop: which weights it moves, how far, from which start",
     "propagation": "signal and gradient through depth",
     "conditioning": "covariance spectra of inputs and gradients",
@@ -49,6 +51,14 @@ COMPARED: Mapping[str, str] = {
     "run.compiled": "outputs of compiled modules that were measured",
     "run.skipped-steps": "fraction of skipped steps in the later half of the run",
     "run.no-normalization": "normalization layers",
+    "spikes.overflow": "gradients that were not finite at the step where they first were",
+    "spikes.outside": "change of a weight's norm beyond the length of its step, over the norm",
+    "spikes.schedule": "learning rate over its median before",
+    "spikes.attention": "norm of a weight that makes queries or keys over that when it began to move",
+    "spikes.second-moment": "RMS_t of a tensor in the steps before",
+    "spikes.data": "robust standard deviations of the gradient's logarithm above the steps before",
+    "spikes.instability": "robust standard deviations of a tensor's logarithm above the steps before",
+    "spikes.undecided": "robust standard deviations of a tensor's logarithm above the steps before",
     "training.uncleared-gradients": "share of a gradient that the step before has left",
     "training.learning-rate": "length of a step over the norm of the median weight",
     "training.untrained": "parameters that an optimizer holds and no step moves",
@@ -199,7 +209,19 @@ def explain(name: str) -> Explanation:
 
 def explanations() -> dict[str, Explanation]:
     """Return the explanations of all findings by id, in the order in which they are judged."""
-    modules = (run, training, propagation, conditioning, curvature, scale, noise, mismatch, structure, optimizer)
+    modules = (
+        run,
+        spikes,
+        training,
+        propagation,
+        conditioning,
+        curvature,
+        scale,
+        noise,
+        mismatch,
+        structure,
+        optimizer,
+    )
     rules = {rule.id: rule for module in modules for rule in vars(module).values() if isinstance(rule, Rule)}
     judged = {id_of(judge): _explained(_what(judge), rules[id_of(judge)]) for judge in DIAGNOSTICS}
     compared = {rule.id: rule for rule in vars(gap).values() if isinstance(rule, Rule)}

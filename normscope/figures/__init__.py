@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normscope.core.figure import Figure
-from normscope.figures import conditioning, curvature, mismatch, noise, propagation, run, scale
+from normscope.figures import conditioning, curvature, mismatch, noise, propagation, run, scale, spikes
 
 FIGURES: tuple[Figure, ...] = (
     propagation.SIGNAL,
@@ -41,6 +41,7 @@ FIGURES: tuple[Figure, ...] = (
     mismatch.UPDATES,
     mismatch.LAG,
     mismatch.VARIANCES,
+    spikes.ONSETS,
     run.LOSS,
     run.DIVERGENCE,
     run.GRADIENT_NORM,

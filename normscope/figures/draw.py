@@ -160,7 +160,12 @@ def _draw_cells(figure: Figure, frame: pd.DataFrame, ax: Axes) -> Axes:
     """Draw a map, the first row on top, with its scale beside it."""
     for name, part in frame.groupby(figure.columns[2], sort=False):
         cells = part.pivot(index=figure.columns[1], columns=figure.columns[0], values=figure.columns[3])
-        image = ax.pcolormesh(cells.columns, cells.index, cells, cmap="RdBu_r", vmin=-1, vmax=1)
+        cells = cells.loc[part[figure.columns[1]].drop_duplicates()]
+        named = isinstance(cells.index[0], str)
+        rows = np.arange(len(cells)) if named else cells.index
+        image = ax.pcolormesh(cells.columns, rows, cells, cmap="RdBu_r", vmin=-1, vmax=1)
+        if named:
+            ax.set_yticks(rows, list(cells.index), parse_math=False, fontsize="small")
         ax.figure.colorbar(image, ax=ax, label=figure.columns[3])
         ax.invert_yaxis()
         ax.set_title(str(name), fontsize="small", loc="right", parse_math=False)

@@ -81,7 +81,7 @@ class Parameters:
             least = min(having, key=torch.Tensor.numel)
             gradient = least.grad
             assert gradient is not None  # chosen so
-            self._left = (least, gradient, _square(_dense(gradient)))
+            self._left = (least, gradient, _square(dense_values(gradient)))
 
     def gradients(
         self, optimizer: torch.optim.Optimizer, scale: torch.Tensor | None, by_row: bool
@@ -106,7 +106,7 @@ class Parameters:
                 self._add(name, "value", "norm", _row_norms(weight) if rows else norms([weight])[0])
             if parameter.grad is None:
                 continue
-            gradient = _dense(parameter.grad)
+            gradient = dense_values(parameter.grad)
             rows = rows and gradient.shape == weight.shape
             found = {"square": _row_norms(gradient).square_() if rows else _square(gradient)}
             squares[id(parameter)] = found["square"].sum() if rows else found["square"]
@@ -154,7 +154,7 @@ class Parameters:
         arrays: dict[tuple[str, str], dict[str, np.ndarray]] = {}
         scalars: dict[tuple[str, str], dict[str, float]] = {}
         for name, found in states.items():
-            site, size = self._site(name), max(self._named[name].numel(), 1)
+            site, size = self.site(name), max(self._named[name].numel(), 1)
             for role, (whole, by_row) in _finished(found).items():
                 scalars[site, role] = {"norm": whole["norm"], "rms": whole["norm"] / math.sqrt(size)} | whole
                 arrays[site, role] = by_row
@@ -174,7 +174,8 @@ class Parameters:
         held = (p for group in optimizer.param_groups for p in group["params"])
         return [(self._names[id(p)], p) for p in held if id(p) in self._names and not is_lazy(p)]
 
-    def _site(self, name: str) -> str:
+    def site(self, name: str) -> str:
+        """Return the site of a parameter, told to `on_site` when it is first asked for."""
         module, _, slot = name.rpartition(".")
         site = str(Site(module, 0, slot))
         if name not in self._known:
@@ -204,7 +205,7 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the Euclidean norm of each tensor, as scalars on its device; half precision is summed in float32."""
-    return [_square(_dense(tensor)).sqrt_() for tensor in tensors]
+    return [_square(dense_values(tensor)).sqrt_() for tensor in tensors]
 
 
 @torch.no_grad()
@@ -220,13 +221,13 @@ def squared_norm(gradients: Iterable[torch.Tensor], known: Iterable[torch.Tensor
     """
     parts: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for gradient in gradients:
-        dense = _dense(gradient)
+        dense = dense_values(gradient)
         parts.setdefault((dense.device, dense.dtype), []).append(dense)
     squares: dict[torch.device, list[torch.Tensor]] = {}
     for square in known:
         squares.setdefault(square.device, []).append(square)
     for (device, _), same in parts.items():
-        norm = torch.stack(torch._foreach_norm(same, 2, _wide(same[0])))
+        norm = torch.stack(torch._foreach_norm(same, 2, sum_dtype(same[0])))
         squares.setdefault(device, []).append(norm.square_().sum())
     return [found[0] if len(found) == 1 else torch.stack(found).sum() for found in squares.values()]
 
@@ -235,7 +236,7 @@ def _square(x: torch.Tensor) -> torch.Tensor:
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous():
         flat = x.view(-1)
         return torch.dot(flat, flat)  # at memory bandwidth; vector_norm is slower on a CPU
-    norm: torch.Tensor = torch.linalg.vector_norm(x, dtype=_wide(x))
+    norm: torch.Tensor = torch.linalg.vector_norm(x, dtype=sum_dtype(x))
     return norm.square_()
 
 
@@ -244,7 +245,7 @@ def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     a, b = a.detach(), b.detach()
     if a.device.type == "cpu" and a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64):
         return torch.dot(a.reshape(-1), b.reshape(-1))
-    wide = _wide(a) or a.dtype
+    wide = sum_dtype(a) or a.dtype
     product = a.to(wide) * b.to(wide).conj()
     return (product.real if product.is_complex() else product).sum()
 
@@ -255,12 +256,12 @@ def _has_rows(x: torch.Tensor) -> bool:
 
 
 def _row_norms(x: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = torch.linalg.vector_norm(x.detach().flatten(1), dim=1, dtype=_wide(x))
+    found: torch.Tensor = torch.linalg.vector_norm(x.detach().flatten(1), dim=1, dtype=sum_dtype(x))
     return found
 
 
 def _row_inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    wide = _wide(a) or a.dtype
+    wide = sum_dtype(a) or a.dtype
     return (a.detach().to(wide) * b.to(wide)).flatten(1).sum(1)
 
 
@@ -338,12 +339,14 @@ def _thinned(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1)[::stride] if stride > 1 else x
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
+def dense_values(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without its history, of a sparse one the values that it holds."""
     x = x.detach()
     if x.is_sparse:
         return x.coalesce().values()
     return x
 
 
-def _wide(x: torch.Tensor) -> torch.dtype | None:
+def sum_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Return the type in which the values of a tensor are summed, None for its own."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None

@@ -72,12 +72,13 @@ def _curve(figure: Figure, name: Hashable, part: pd.DataFrame, index: int) -> Pi
 
 def _cells(figure: Figure, name: Hashable, part: pd.DataFrame) -> Picture:
     cells = part.pivot(index=figure.columns[1], columns=figure.columns[0], values=figure.columns[3])
+    cells = cells.loc[part[figure.columns[1]].drop_duplicates()]
     return {
         "name": str(name),
         "kind": "cells",
         "color": 0,
         "x": [_plain(value) for value in cells.columns.to_numpy(float)],
-        "y": [_plain(value) for value in cells.index.to_numpy(float)],
+        "y": [value if isinstance(value, str) else _plain(float(value)) for value in cells.index],
         "z": [[_plain(value) for value in row] for row in cells.to_numpy(float).round(3)],
         "text": [],
     }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from normscope.core.earlier import Earlier
 from normscope.core.errors import StoreError, Unmeasurable
-from normscope.core.schedule import is_rare, is_sampled, keeps_arrays
+from normscope.core.schedule import FLIGHT, RING, is_rare, is_sampled, keeps_arrays
 from normscope.core.site import Site
 from normscope.core.store import Store
 from normscope.linalg.problem import Problem
@@ -23,17 +23,19 @@ from normscope.norms.recognize import NormParts
 from normscope.probes import hooks, layout, optimizers, summary
 from normscope.probes.activations import Activations, Measured, on_host
 from normscope.probes.factors import Factors
+from normscope.probes.flight import Flight
 from normscope.probes.normalization import MAX_CHANNELS, Normalization
 from normscope.probes.parameters import Parameters, squared_norm
 from normscope.probes.snapshots import ENDS, RARE, SNAPSHOTS, Held
 from normscope.probes.stream import Stream
 from normscope.probes.transfer import to_host
+from normscope.scope.trigger import Trigger
 
 log = logging.getLogger("normscope")
 
-PROBES = ("moments", "tails", "parameters", "normalization", "covariance", *SNAPSHOTS)
+PROBES = ("moments", "tails", "parameters", "flight", "normalization", "covariance", *SNAPSHOTS)
 ON_REQUEST = ("correlation", "patches")  # beside "covariance": d^2 values a layer; k^2 times as many features
-SUBJECTS: Mapping[str, tuple[str, ...]] = {  # in the order in which they are told, with the probes that they need
+SUBJECTS: Mapping[str, tuple[str, ...]] = {  # in the order in which they are told, with their probes
     "propagation": ("moments", "tails", "normalization"),
     "conditioning": ("covariance",),
     "curvature": ("curvature",),
@@ -41,8 +43,9 @@ SUBJECTS: Mapping[str, tuple[str, ...]] = {  # in the order in which they are to
     "noise": ("normalization", "noise", "noise-scale"),
     "mismatch": ("normalization", "population"),
 }
+T = TypeVar("T")
 _PATIENCE = 100  # repeated steps of one optimizer before the others are asked for
-_FLUSH_STEPS = 256  # contexts of steps that wait for a sampled step at most
+_FLUSH_STEPS = RING  # contexts of steps that wait for a sampled step at most
 _GIVE_UP_ROWS = 500_000  # rows that wait for a full disk before they are dropped
 _UNHEARD = "no activation: no watched module ran as a module with gradient"
 _COMPILED = (
@@ -92,6 +95,7 @@ class Session:
             norms, self._probes, self._factors, self._on_site, self.fail, self._begin_backward
         )
         self._parameters = Parameters(named, self._optimizers, self._on_site)
+        self._flight = Flight(named, self._optimizers, self._parameters.site)
         self._normalization = Normalization(norms, modules, self._on_site)
         self._stream = Stream()
         self._forward_batch = 0  # samples in the last forward pass of training
@@ -115,6 +119,7 @@ class Session:
         self._process = os.getpid()
         self._scale = self._loss_scale()
         self.step = 0 if earlier is None else earlier.step
+        self._trigger = Trigger(self.step)
         self.active = False
         self._begin_step()
         if earlier is not None:
@@ -159,6 +164,7 @@ class Session:
                 self._settings[id(optimizer)] = optimizers.settings(optimizer, self._optimizers)
                 if "parameters" in self._probes:
                     self._parameters.before_step(optimizer)
+            self._fly(partial(self._flight.before_step, optimizer, self.step))
             if not has_closure:
                 self._read_gradients(optimizer)
         except Exception as error:  # the run goes on
@@ -171,6 +177,8 @@ class Session:
         try:
             if has_closure:
                 self._read_gradients(optimizer)
+            scale = getattr(optimizer, "grad_scale", None)
+            self._fly(partial(self._flight.after_step, optimizer, self.step, scale))
             if self.active and "parameters" in self._probes:
                 self._parameters.after_step(optimizer)
         except Exception as error:  # the run goes on
@@ -225,8 +233,14 @@ class Session:
         for (row, name, _), group in zip(waiting, tensors, strict=True):
             total = sum(float(next(host)[0]) for _ in group)
             row[name] = math.sqrt(total) if isinstance(row[name], list) and total >= 0 else total
+        for step, keys, values in self._fly(self._flight.take) or ():
+            self.store.series(step, keys, values)
         for row in rows:
-            self.store.step({name: optimizers.known(value) for name, value in row.items()})
+            told = {name: optimizers.known(value) for name, value in row.items()}
+            self.store.step(told)
+            self._trigger.see(told["step"], told["loss"], told["grad_norm"])
+        for first, last in self._trigger.passed(rows[-1]["step"]) if rows else ():
+            self.store.forget(FLIGHT, first, last)
         try:
             self.store.commit()
             self._failed_commits = 0
@@ -343,11 +357,14 @@ class Session:
 
     def _read_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         scale = getattr(optimizer, "grad_scale", None)  # set only while a fused optimizer undoes the scale itself
-        known: dict[int, torch.Tensor] = {}
+        known: list[torch.Tensor] = []
+        covered: Collection[int] = ()
         if self.active and "parameters" in self._probes:
-            known = self._parameters.gradients(optimizer, scale, keeps_arrays(self._samples))
+            found = self._parameters.gradients(optimizer, scale, keeps_arrays(self._samples))
+            known, covered = list(found.values()), found
+        known, covered = self._fly(partial(self._flight.gradients, optimizer, self.step, scale)) or (known, covered)
         held = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-        squares = squared_norm((p.grad for p in held if id(p) not in known), known.values())
+        squares = squared_norm((p.grad for p in held if id(p) not in covered), known)
         if scale is not None:
             squares = [square / scale.to(square.device).square() for square in squares]
         self._squares[id(optimizer)] = squares  # of its last step, where it steps more often than the others
@@ -396,6 +413,15 @@ class Session:
         for settings in self._settings.values():
             for group in settings:
                 self.store.group({"step": self.step, **group})
+
+    def _fly(self, act: Callable[[], T]) -> T | None:
+        """Let the flight recorder do something, if it is on."""
+        if "flight" in self._probes:
+            try:
+                return act()
+            except Exception as error:  # the run goes on
+                self.fail("flight", "", error)
+        return None
 
     def _write(self, step: int, row: summary.Row) -> None:
         self.store.scalars(step, row.site, "train", row.role, row.stats, row.values)

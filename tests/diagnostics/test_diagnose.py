@@ -21,6 +21,7 @@ from normscope.diagnostics import (
     propagation,
     run,
     scale,
+    spikes,
     structure,
     training,
 )
@@ -37,6 +38,7 @@ RULES = [
         propagation,
         run,
         scale,
+        spikes,
         structure,
         training,
     )

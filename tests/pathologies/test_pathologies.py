@@ -5,7 +5,8 @@ from fnmatch import fnmatchcase
 import pytest
 
 import normscope as ns
-from tests.pathologies import BROKEN, CASES, HEALTHY, records
+from normscope.metrics import spikes
+from tests.pathologies import BROKEN, CALM, CASES, HEALTHY, SPIKES, records
 from tests.pathologies.__main__ import fresh
 from tests.pathologies.score import MOST_BEFORE, judge, summary
 
@@ -40,6 +41,22 @@ def test_defects_are_found_at_their_place():
     score = summary([result_of(case) for case in CASES])
     assert score["recall"] >= 0.95, [r for r in score["cases"] if not r["ok"]]
     assert score["false_alarms"] == 0
+
+
+def test_spikes_are_told_with_their_cause_and_where_they_began():
+    right = 0
+    for case in SPIKES:
+        told = [f for f in ns.diagnose(records.load(records.path_of(case.name))) if f.id.startswith("spikes.")]
+        first = told[0].site if told else ""
+        right += [f.id for f in told] == list(case.expect) and (not case.at or fnmatchcase(first, case.at[0]))
+    assert len(SPIKES) >= 12
+    assert right == len(SPIKES)
+
+
+def test_calm_runs_have_no_spike():
+    assert len(CALM) >= 8
+    for case in HEALTHY:
+        assert spikes.spikes(records.load(records.path_of(case.name))) == ()
 
 
 def test_what_follows_stands_below_its_cause():

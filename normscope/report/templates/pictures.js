@@ -27,7 +27,7 @@ function cellTrace(cells) {
   return {
     type: "heatmap",
     x: cells.x,
-    y: cells.y,
+    y: cells.y.map((name) => (typeof name === "string" ? escaped(name) : name)),
     z: cells.z,
     zmin: -1,
     zmax: 1,
@@ -35,6 +35,13 @@ function cellTrace(cells) {
     colorbar: { thickness: 12, outlinewidth: 0, tickfont: { size: 11, color: color("soft") } },
     hovertemplate: `${escaped(cells.name)}<br>%{x}, %{y}: %{z:.3f}<extra></extra>`,
   };
+}
+
+/** The axis of a map's rows: the first on top, names shortened beside it. */
+function rowsOf(rows) {
+  const named = typeof rows[0] === "string";
+  const names = named ? { type: "category", tickvals: rows.map(escaped), ticktext: rows.map((name) => escaped(ending(name, 22))) } : {};
+  return { showgrid: false, autorange: "reversed", ...names };
 }
 
 /** What a position is called when hovering: "comparable layer" of "comparable layer, in order of execution". */
@@ -45,7 +52,7 @@ function makePicture(picture) {
     if (picture.mark === "cell") {
       return {
         traces: picture.curves.map(cellTrace),
-        layout: layoutOf({ xaxis: axis(picture.x, { showgrid: false }), yaxis: axis("", { showgrid: false, autorange: "reversed" }) }),
+        layout: layoutOf({ xaxis: axis(picture.x, { showgrid: false }), yaxis: axis("", rowsOf(picture.curves[0].y)) }),
       };
     }
     const last = (curve) => (curve.kind === "measured" ? 1 : 0);

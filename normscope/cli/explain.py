@@ -1,0 +1,153 @@
+"""normscope explain: which spikes a run has, what moved first in each, and why; also of a run that died."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import textwrap
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from normscope.cli.folder import one_run
+from normscope.core.errors import ArgumentError
+from normscope.core.reading import load
+from normscope.core.record import Record
+from normscope.core.table import printable
+from normscope.diagnostics.spikes import RULES, headline, story
+from normscope.figures.spikes import ONSETS, cells, raster
+from normscope.metrics import spikes, tables
+from normscope.metrics.onset import ONSET
+
+_SHADES = " ░▒▓█"
+_PLAIN = " .:+#"
+_WIDEST = 34  # characters of a tensor's name
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument(
+        "path", metavar="RUN", type=Path, help="folder of the run, or its record.sqlite; it may be running or have died"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="the spike at this step, or whatever happened there")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="also draw the first spike told, as PNG, PDF or SVG")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Explain each spike of a run, or one step of it."""
+    (record,) = tables.split(load(one_run(arguments.path)))
+    told = _chosen(record, arguments.step)
+    if arguments.json:
+        print(json.dumps([_plain(account) for account in told], indent=2))
+    elif not told:
+        print(_none(record))
+    else:
+        width = max(60, min(shutil.get_terminal_size().columns, 140))
+        print("\n\n".join(_told(record, account, width) for account in told))
+    if arguments.out is not None and told:
+        _draw(record, told[0], arguments.out)
+    return 0
+
+
+def _chosen(record: Record, step: int | None) -> list[spikes.Account]:
+    """Return all spikes, or that at or nearest before a step; where there is none, an account of the step itself."""
+    accounts = list(spikes.accounts(record))
+    if step is None:
+        return accounts
+    context = tables.context(record)
+    if step not in context.index:
+        known = f"{context.index.min()} to {context.index.max()}" if len(context) else "none"
+        raise ArgumentError(f"step={step} is not in the run; recorded steps: {known}.")
+    near = [a for a in accounts if a.since <= step <= a.spike.last]
+    return near[:1] or [spikes.account(record, spikes.at(record, step))]
+
+
+def _told(record: Record, account: spikes.Account, width: int) -> str:
+    """Write one account: what happened, what came before, the raster, why and what to do."""
+    rule = RULES[account.kind]
+    lines = [f"step {account.spike.step}: {account.kind}", ""]
+    parts = (("what", f"{headline(account)} {story(account)}"), ("why", rule.cause), ("mend", rule.remedy))
+    for name, text in parts:
+        if text:
+            lines.append(textwrap.fill(printable(text), width, initial_indent=f"{name:<6}", subsequent_indent=" " * 6))
+    frame = raster(record, account)
+    if len(frame):
+        lines += ["", *_raster(frame, account, width)]
+    return "\n".join(lines)
+
+
+def _raster(frame: pd.DataFrame, account: spikes.Account, width: int) -> list[str]:
+    """Draw how far tensors lay above their usual range, a row a tensor, a character a step."""
+    shades = _SHADES if _blocks() else _PLAIN
+    names = [printable(str(site).replace("/", ".")) for site in frame.index]
+    size = min(max(map(len, names)), _WIDEST)
+    frame = frame.iloc[:, -max(width - size - 24, 20) :]
+    mark = "".join("v" if step == account.spike.step else "|" if step == account.since else " " for step in frame)
+    onsets, shares = account.moved["onset"].to_dict(), account.moved["share"].to_dict()
+    lines = [f"{'':<{size}}  {mark}  onset  share of |g|^2"]
+    for name, (site, row) in zip(names, frame.iterrows(), strict=True):
+        cells = "".join(_shade(value, shades) for value in row)
+        ahead = int(onsets[str(site)]) - account.spike.step
+        share = "" if math.isnan(shares[str(site)]) else f"{shares[str(site)]:.0%}"
+        lines.append(f"{_tail(name, size):<{size}}  {cells}  {ahead:>+5d}  {share:>5}")
+    first, last = frame.columns[0], frame.columns[-1]
+    lines.append(f"{'':<{size}}  steps {first} to {last}; v the spike, | where it began; onset in steps from the spike")
+    return lines
+
+
+def _blocks() -> bool:
+    """Tell whether the terminal knows block characters."""
+    return (sys.stdout.encoding or "ascii").lower().startswith("utf")
+
+
+def _shade(value: float, shades: str) -> str:
+    if math.isnan(value):
+        return " "
+    level = min(value / (2 * ONSET), 1.0)
+    return shades[math.ceil(level * (len(shades) - 1))]
+
+
+def _tail(name: str, width: int) -> str:
+    return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
+
+
+def _none(record: Record) -> str:
+    context = tables.context(record)
+    of = "loss" if context["loss"].notna().any() else "gradient norm, as no loss was told (scope.step(loss=loss))"
+    return f"No spike in {len(context)} steps of the {of}. `--step N` tells what moved before any step."
+
+
+def _plain(account: spikes.Account) -> dict[str, Any]:
+    moved = [
+        {"site": str(site), **{name: _number(value) for name, value in row.items()}}
+        for site, row in account.moved.to_dict("index").items()
+    ]
+    return {
+        "kind": account.kind,
+        "spike": {name: _number(value) for name, value in account.spike._asdict().items()},
+        "since": account.since,
+        "sites": list(account.sites),
+        "evidence": {name: _number(value) for name, value in account.evidence.items()},
+        "moved": moved,
+        "cause": RULES[account.kind].cause,
+        "remedy": RULES[account.kind].remedy,
+    }
+
+
+def _number(value: Any) -> Any:
+    """Return a value that JSON knows: what is not finite as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _draw(record: Record, account: spikes.Account, path: Path) -> None:
+    """Draw the raster of an account into a file."""
+    draw = import_module("normscope.figures.draw")  # it loads matplotlib
+    ax = draw.draw(ONSETS, cells(record, account))
+    ax.figure.savefig(path, dpi=200)
+    print(f"picture  {path}")
