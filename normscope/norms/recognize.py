@@ -48,6 +48,8 @@ _WORDS = {
     "graph": "other",
     "meansubtraction": "other",
 }
+# Response normalizations go by their initials; they count as a class called just "Norm" does.
+_INITIALS = re.compile(r"[GF]RN(?=(?:[123]d)?$)")
 # A class called just "Norm" may also return a vector's norm; so may an L2 norm. These need more evidence than the name.
 _VAGUE = ("", "l2")
 _NOT_ACTIVATIONS = ("weight", "spectral", "grad", "gradient", "no", "clip", "max")
@@ -190,10 +192,10 @@ def _duck(module: nn.Module) -> NormParts | None:
     own = _own(module)
     named = _kind_from_name(_name(module))
     kind, sure, plain = named or ("batch", False, False)
-    gain, eps = _first(own, _GAINS), _eps(module)
     running = "running_mean" in own and "running_var" in own
-    if not named and not running:
+    if not named and not running:  # before any attribute is asked for: a model may warn of its own
         return None
+    gain, eps = _first(own, _GAINS), _eps(module)
     if not plain and not (gain and eps is not None):
         return None
     if not _vectors_only(own, alike=sure and eps is not None):
@@ -238,7 +240,7 @@ def _name(module: nn.Module) -> str:
 
 def _kind_from_name(name: str) -> tuple[str, bool, bool] | None:
     """Read a class name: the kind, whether the name is evidence enough, whether nothing unknown follows "Norm"."""
-    before, norm, after = name.lower().replace("_", "").rpartition("norm")
+    before, norm, after = _INITIALS.sub("Norm", name).lower().replace("_", "").rpartition("norm")
     if not norm:
         return None
     plain = _PLAIN_SUFFIX.fullmatch(after) is not None

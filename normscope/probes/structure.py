@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -157,8 +158,14 @@ def _computes_in(module: nn.Module, dtype: str) -> str:
         ".nn.modules." in kind.__module__ for kind in type(module).__mro__[:-2]
     ):
         return "float64" if dtype == "float64" else "float32"
-    try:
-        source = inspect.getsource(type(module))
-    except (OSError, TypeError):
-        return ""
-    return "float32" if any(cast in source for cast in _CASTS) else dtype
+    source = _source(type(module))
+    return "float32" if any(cast in source for cast in _CASTS) else dtype if source else ""
+
+
+def _source(cls: type) -> str:
+    """Return the source of a class's methods; to look for the class itself would parse its whole file."""
+    found = ""
+    for function in filter(inspect.isroutine, vars(cls).values()):
+        with suppress(OSError, TypeError):
+            found += inspect.getsource(inspect.unwrap(getattr(function, "__func__", function)))
+    return found
