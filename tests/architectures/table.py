@@ -283,9 +283,11 @@ VISION = (
     Architecture(
         "EfficientNet",
         "efficientnet_pytorch",
-        lambda package: package.EfficientNet.from_name("efficientnet-b0", num_classes=4, width_coefficient=0.25),
+        lambda package: package.EfficientNet.from_name(
+            "efficientnet-b0", num_classes=4, width_coefficient=0.25, depth_coefficient=0.25
+        ),
         image(4, 3, 32, 32, name="inputs"),
-        {"batch": 1 + (16 * 3 - 1) + 1},  # stem; expansion, depthwise and projection, the first block expands not; head
+        {"batch": 1 + (7 * 3 - 1) + 1},  # stem; expansion, depthwise and projection, the first block expands not; head
         classes,
     ),
 )
@@ -560,7 +562,6 @@ def decoder(name: str, norms: dict[str, int], **options: Any) -> Architecture:
 
 
 VARIATIONS = (
-    decoder("LayerNorm", {"layer": 2 * L + 1}),
     decoder("RMSNorm", {"rms": 2 * L + 1}, use_rmsnorm=True),
     decoder("ScaleNorm", {"rms": 2 * L + 1}, use_scalenorm=True),
     decoder("simple RMSNorm", {"rms": 2 * L + 1}, use_simple_rmsnorm=True),
