@@ -84,7 +84,8 @@ def take(problem: Problem, model: nn.Module, params: Mapping[str, nn.Parameter])
         first, second = (_sums(problem, evaluate, list(params.values())) for _ in range(2))
         _across_ranks(problem, first, second)
     _check_repeatable(first, second)
-    used = {name: part / first.total for name, part, u in zip(params, first.parts, first.used, strict=True) if u > 0}
+    pairs = zip(params, zip(first.parts, first.used, strict=True), strict=True)
+    used = {name: part / first.total.to(part) for name, (part, u) in pairs if u > 0}  # a scalar keeps its type
     if not used:
         raise ArgumentError(f"loss does not depend on any of the {len(params)} selected parameters; see parameters=.")
     return Gradient(float(first.loss / first.total), used, float(first.total))

@@ -252,6 +252,25 @@ def test_a_parameter_that_one_batch_alone_uses():
     torch.testing.assert_close(matrix, matrix.T)
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(6, 3), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
+def test_the_gradient_of_a_scalar_parameter_has_its_type():
+    x, y = make("layer")[1]
+    model = Scaled()
+    problem = ns.Problem(model, LOSS, [(x.float(), y)])
+    assert problem.operator().gradient.dtype == torch.float32
+    LOSS(model(x.float()), y).backward()
+    exact = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    torch.testing.assert_close(problem.operator().gradient, exact)
+
+
 def test_another_dtype_runs_on_a_copy():
     model, (x, y) = make("batch")
     reference = ns.Problem(model, nn.CrossEntropyLoss(weight=torch.ones(3).double()), [(x, y)])
