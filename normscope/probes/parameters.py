@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ class Parameters:
         self._buffers: dict[int, dict[str, torch.Tensor]] = {}  # of the copies: fresh memory costs more than they do
         self._turn: dict[int, int] = {}
         self._found: list[_Found] = []
+        self._held: list[tuple[nn.Parameter, weakref.ref[torch.Tensor], int]] = []
         self._left: tuple[nn.Parameter, torch.Tensor, torch.Tensor] | None = None
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -73,10 +75,19 @@ class Parameters:
         self._turn[id(optimizer)] = start + len(chosen)
         self._copies[id(optimizer)], self._buffers[id(optimizer)] = chosen, chosen
 
-    def see_left(self) -> None:
-        """Look at the gradient that the smallest parameter has before the first backward pass of a step adds to it."""
+    def see_held(self) -> None:
+        """Remember which parameters have a gradient when the first forward pass of a step begins."""
         held = (p for o in self._optimizers for group in o.param_groups for p in group["params"])
-        having = [p for p in held if p.grad is not None and id(p) in self._names]
+        having = ((p, p.grad) for p in held if id(p) in self._names)
+        self._held = [(p, weakref.ref(g), g._version) for p, g in having if g is not None]
+
+    def see_left(self) -> None:
+        """Look at a gradient that is as it was before the forward pass, of the smallest parameter that has one.
+
+        At the first gradient of an activation others may have come already: those of parameters used after the last
+        module that is watched, as a bias that is added to its output.
+        """
+        having = [p for p, then, version in self._held if _is_same(p.grad, then(), version)]
         if having:
             least = min(having, key=torch.Tensor.numel)
             gradient = least.grad
@@ -165,7 +176,7 @@ class Parameters:
 
     def discard(self) -> None:
         """Forget what the step has left."""
-        self._copies, self._found, self._left = {}, [], None
+        self._copies, self._found, self._held, self._left = {}, [], [], None
 
     def _add(self, name: str, role: str, stat: str, state: torch.Tensor) -> None:
         self._found.append(_Found(name, role, stat, state))
@@ -230,6 +241,10 @@ def squared_norm(gradients: Iterable[torch.Tensor], known: Iterable[torch.Tensor
         norm = torch.stack(torch._foreach_norm(same, 2, sum_dtype(same[0])))
         squares.setdefault(device, []).append(norm.square_().sum())
     return [found[0] if len(found) == 1 else torch.stack(found).sum() for found in squares.values()]
+
+
+def _is_same(gradient: torch.Tensor | None, then: torch.Tensor | None, version: int) -> bool:
+    return gradient is not None and gradient is then and gradient._version == version
 
 
 def _square(x: torch.Tensor) -> torch.Tensor:

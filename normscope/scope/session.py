@@ -149,6 +149,7 @@ class Session:
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object
     ) -> None:
         """Measure what a module returned."""
+        self._see_held()
         try:
             self._activations.forward(name, module, args, kwargs, output)
         except Exception as error:  # the run goes on
@@ -294,7 +295,8 @@ class Session:
 
     def _begin_step(self) -> None:
         self._forwards = 0
-        self._heard = False  # whether a gradient has come back in this step
+        self._looked = False  # whether a module has returned in this step
+        self._heard = False  # whether a gradient has come back in it
         self._batch = {True: 0, False: 0}
         self._suspended = False
         self._squares: dict[int, list[torch.Tensor]] = {}
@@ -370,6 +372,15 @@ class Session:
         self._squares[id(optimizer)] = squares  # of its last step, where it steps more often than the others
         if self._row["grad_norm"] is None or isinstance(self._row["grad_norm"], list):
             self._row["grad_norm"] = [square for some in self._squares.values() for square in some]
+
+    def _see_held(self) -> None:
+        """Look at which gradients there are as the first module of a step returns."""
+        if not self._looked and "parameters" in self._probes:
+            self._looked = True
+            try:
+                self._parameters.see_held()
+            except Exception as error:  # the run goes on
+                self.fail("parameters", "", error)
 
     def _begin_backward(self) -> None:
         """Look for gradients that the step before has left, at the first backward pass of a step."""

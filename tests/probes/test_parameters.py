@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import normscope as ns
+from normscope.metrics import training
 from normscope.probes import optimizers, parameters
 from tests.probes.test_activations import scalars
 
@@ -382,3 +383,42 @@ def test_the_rule_of_an_optimizer_is_that_of_its_step(make_optimizer, expected):
     found = optimizers.rule(model.weight, [optimizer])
     assert (found["rule"], found["decoupled"], found["nesterov"]) == expected
     assert optimizers.rule(torch.ones(1), [optimizer]) == {}
+
+
+class Late(nn.Module):
+    """Its bias has its gradient before any activation has one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.late = nn.Linear(8, 2, bias=False), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.linear(x) + self.late
+
+
+def left(clear):
+    """Train with a way to clear gradients, before and after the forward pass; return what was left at steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), Late())
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    before, after = clear
+    with ns.attach(model, optimizer, every=1) as scope:
+        for _ in range(STEPS):
+            if before is not None:
+                optimizer.zero_grad(before)
+            loss = (model(torch.randn(16, 6)) - 1).square().mean()
+            if after is not None:
+                optimizer.zero_grad(after)
+            loss.backward()
+            optimizer.step()
+    return training.left_over(scope.record())
+
+
+@pytest.mark.parametrize("clear", [(True, None), (None, True), (None, False)])
+def test_a_gradient_that_comes_early_is_not_left_over(clear):
+    assert len(left(clear)) == 0
+
+
+def test_what_is_left_of_a_gradient_is_seen():
+    assert (left((None, None)) > 0.1).sum() == STEPS - 1
+    assert left((False, None)).tolist() == [0.0] * (STEPS - 1)
