@@ -338,7 +338,9 @@ class Activations:
                 state = moments.observe(layout.channeled(x.detach(), parts.axis)) if known is None else known
                 current.add(site, "value", "batch", state)
             else:
-                current.add(site, "value", "areas", normalization.areas(x.detach(), parts))
+                seen = normalization.areas(x.detach(), parts, getattr(module, "num_features", None))
+                if seen is not None:
+                    current.add(site, "value", "areas", seen)
         except Exception as error:  # whatever a layer does, the run goes on
             self._on_failure("normalization", site, error)
 

@@ -171,7 +171,7 @@ def running(module: nn.Module) -> torch.Tensor:
 
 
 @torch.no_grad()
-def areas(x: torch.Tensor, parts: NormParts) -> torch.Tensor:
+def areas(x: torch.Tensor, parts: NormParts, channels: int | None = None) -> torch.Tensor | None:
     """Return mean and variance over the layer's own areas, on at most `AREAS` of them.
 
     Layer and RMS norms: an area is a token, the normalized trailing dimensions; group and instance norms: a sample and
@@ -180,10 +180,17 @@ def areas(x: torch.Tensor, parts: NormParts) -> torch.Tensor:
     Args:
         x: input of the layer.
         parts: its parts.
+        channels: number of channels, by which instance norm tells an input without batch dimension.
 
     Returns:
-        [3, areas]: size of an area, mean, M2 of each.
+        [3, areas]: size of an area, mean, M2 of each; None where another argument says what belongs to a sample, as in
+        graph networks.
     """
+    if parts.kind == "instance":
+        if channels == x.shape[0] and channels != x.shape[1]:
+            x = x[None]
+        if x.dim() < 3:
+            return None
     if parts.kind in ("group", "instance"):
         groups = parts.groups or (x.shape[1] if parts.kind == "instance" else 1)
         rows = x.reshape(x.shape[0] * groups, -1)

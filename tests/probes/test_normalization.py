@@ -225,3 +225,24 @@ def test_an_input_changed_in_place_is_measured_anew():
     direct[0].register_forward_hook(lambda module, inputs, output: output.mul_(2.0))
     expected = direct[0](x).detach().numpy().mean(0)
     np.testing.assert_allclose(train(direct, [x]).array("1/input", "mean")[1][0], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(nn.InstanceNorm1d, (6, 9)), (nn.InstanceNorm2d, (6, 4, 5))])
+def test_instance_norm_without_a_batch_dimension(layer, shape):
+    x = torch.randn(shape)
+    record = train(nn.Sequential(layer(6, EPS, affine=True)), [x])
+    rows = x.double().reshape(6, -1).numpy()
+    np.testing.assert_allclose(record.array("0/input", "var")[1][0], rows.var(1), rtol=1e-4)
+
+
+class GraphInstanceNorm(nn.InstanceNorm1d):
+    """Normalize nodes, samples being told by another argument."""
+
+    def forward(self, x, sample=None):
+        return super().forward(x.t()[None])[0].t()
+
+
+def test_areas_that_another_argument_tells_are_not_guessed():
+    record = train(nn.Sequential(GraphInstanceNorm(6, affine=True)), [torch.randn(9, 6)])
+    assert "0/output" in set(record.sites["site"])
+    assert not [block for block in record.blocks if block.site == "0/input"]
