@@ -50,8 +50,9 @@ class Collapse(NamedTuple):
     """How many directions are lost from the first hidden layers to the last ones.
 
     Attributes:
-        ratio: effective rank of the inputs of the first three hidden layers (no more than the narrowest width on the
-            way) over that of the last three, medians; n is the number of layers.
+        ratio: effective rank of the inputs of the first three hidden layers (no more than the narrowest width, or the
+            fewest samples less one, on the way let through) over that of the last three, medians; n is the number of
+            layers.
         first: site of the first hidden layer.
         last: site of the last one.
         at_first: effective rank there.
@@ -287,9 +288,10 @@ def collapse(record: Record, *, start: bool) -> Collapse:
         return Collapse(Estimate.missing(Status.FEW_SAMPLES, _RANK), "", "", np.nan, np.nan)
     values = [rank[site].dropna() for site in sites]
     now = np.array([float(v.iloc[0] if start else tables.late(v).median()) for v in values])
-    width = tables.table(record, "width", slot="input").median()[sites].to_numpy()
+    width, samples = (tables.table(record, stat, slot="input").median()[sites] for stat in ("width", "samples"))
+    room = float(min(width.min(), samples.min() - 1))
     first, last = float(np.median(now[:ENDS])), float(np.median(now[-ENDS:]))
-    ratio = min(first, float(width.min())) / last if last > 0 else np.inf
+    ratio = min(first, room) / last if last > 0 else np.inf
     estimate = Estimate(ratio, np.nan, n=len(sites), source=_RANK)
     return Collapse(estimate, sites[0], sites[-1], first, last)
 

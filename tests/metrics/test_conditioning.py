@@ -189,6 +189,18 @@ def test_collapse_compares_the_two_ends(record):
     assert (found.first, found.last, found.ratio.n) == ("2/input", "14/input", 7)
 
 
+def test_a_batch_of_few_samples_is_no_collapse():
+    """Three samples vary along two directions at most, however many positions the first layers have."""
+    torch.manual_seed(0)
+    wide = [nn.Conv1d(8, 8, 3, padding=1) for _ in range(5)]
+    narrow = [nn.Linear(8, 8) for _ in range(3)]
+    model = nn.Sequential(*wide, nn.AdaptiveAvgPool1d(1), nn.Flatten(), *narrow, nn.Linear(8, 5))
+    found = run(model, lambda: (torch.randn(3, 8, 32), torch.arange(3)))
+    ends = conditioning.collapse(found, start=True)
+    assert ends.at_first > 2.5 * ends.at_last
+    assert ends.ratio.value == pytest.approx(2 / ends.at_last)
+
+
 def test_a_record_without_second_moments_gives_nothing():
     empty = Store(None, "empty", {}).record()
     assert conditioning.conditions(empty).empty
