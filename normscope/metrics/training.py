@@ -137,13 +137,15 @@ def untrained(record: Record) -> pd.DataFrame:
     Returns:
         Indexed by site: module, matrix (whether it has two dimensions or more), reason (it is
         "frozen", "no gradient" reaches it, or it does "not move" though it has one), order of the module's output, and
-        `enclosed`: whether a trained matrix comes before it in the order of execution.
+        `enclosed`: whether a trained matrix comes before it in the order of execution, and feeds it: a table of
+        embeddings has no layer before it, whenever it is read.
     """
     facts = record.sites.reindex(columns=["site", "class", "module", "slot", "shape", "trainable", "optimizer"])
     facts = facts[facts["class"] == "Parameter"].drop_duplicates("site", keep="last").set_index("site")
     update = tables.table(record, "norm", slot="*", role="update")
     gradient = tables.table(record, "norm", slot="*", role="gradient")
-    order = tables.layers(record)["order"]
+    layers = tables.layers(record)
+    order, kinds = layers["order"], layers["class"].astype(str)
     rows = []
     for site, fact in facts.iterrows():
         moves = update[site].dropna() if site in update else pd.Series(dtype=float)
@@ -155,7 +157,8 @@ def untrained(record: Record) -> pd.DataFrame:
         rows.append((site, fact["module"], matrix, reason, float(order.get(fact["module"], np.nan))))
     frame = pd.DataFrame(rows, columns=["site", "module", "matrix", "reason", "order"]).set_index("site")
     first = first_trained(frame)
-    frame["enclosed"] = frame["order"] > first if math.isfinite(first) else False
+    table = frame["module"].map(kinds).str.contains("Embedding", na=False)
+    frame["enclosed"] = (frame["order"] > first) & ~table if math.isfinite(first) else False
     return frame
 
 
