@@ -757,6 +757,48 @@ def test_errors_say_what_was_received(call, words):
     assert all(word in str(error.value) for word in words)
 
 
+class GRN(nn.Module):
+    """Global response normalization, which is known by its initials."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.zeros(1, 1, 1, C)), nn.Parameter(torch.zeros(1, 1, 1, C))
+
+    def forward(self, x):
+        size = x.norm(dim=(1, 2), keepdim=True)
+        return self.gamma * (x * size / (size.mean(-1, keepdim=True) + 1e-6)) + self.beta + x
+
+
+class GatedGRN(nn.Module):
+    """A gated residual network has the same initials, and matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.weight = nn.Linear(C, C), nn.Parameter(torch.ones(C))
+
+
+def test_response_normalizations_by_their_initials():
+    expected = NormParts("other", -1, gain="gamma", bias="beta", certainty="duck")
+    assert recognize(GRN()) == expected
+    assert recognize(type("BlockGRN", (GRN,), {})()) == expected
+    assert recognize(type("FRN1d", (GRN,), {})()).kind == "other"
+    assert recognize(GatedGRN()) is None
+    assert recognize(type("GRNBlock", (GRN,), {})()) is None
+
+
+class Config(nn.Module):
+    """A model that warns of attributes which are its configuration's."""
+
+    def __getattr__(self, name):
+        if name.endswith("eps"):
+            raise DeprecationWarning(name)
+        return super().__getattr__(name)
+
+
+def test_a_model_is_not_asked_for_attributes():
+    assert recognize(Config()) is None
+
+
 # -------- third-party models
 
 SMALL = {
