@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-
 from torch.utils._pytree import tree_leaves
 
 

@@ -70,7 +70,7 @@ ENCODERS = (
         "transformers",
         hf("ModernBertForMaskedLM", TEXT | {"cls_token_id": 1, "sep_token_id": 2}),
         tokens,
-        {"layer": 1 + (2 * L - 1) + 1 + 1},  # embeddings; before each branch but the first attention; final; in the head
+        {"layer": 1 + (2 * L - 1) + 1 + 1},  # embeddings; before each branch but the first; final; head
         own_loss,
     ),
     Architecture(
@@ -441,7 +441,7 @@ MEDICAL = (
         "monai.networks.nets",
         lambda nets: nets.UNet(2, 1, 2, channels=(4, 8, 16), strides=(2, 2), num_res_units=2, norm="instance"),
         image(2, 1, 16, 16, name="x"),
-        {"instance": 2 + 2 + 2 + (1 + 1) + 1},  # two a unit down and at the bottom; up: transposed and one unit, last none
+        {"instance": 2 + 2 + 2 + (1 + 1) + 1},  # two a unit; up: transposed, and one a unit but the last
         classes,
     ),
     Architecture(
@@ -467,9 +467,7 @@ MEDICAL = (
     Architecture(
         "SegResNet",
         "monai.networks.nets",
-        lambda nets: nets.SegResNet(
-            3, 8, 1, 2, blocks_down=(1, 2), blocks_up=(1,), norm=("GROUP", {"num_groups": 4})
-        ),
+        lambda nets: nets.SegResNet(3, 8, 1, 2, blocks_down=(1, 2), blocks_up=(1,), norm=("GROUP", {"num_groups": 4})),
         image(1, 1, 8, 8, 8, name="x"),
         {"group": 2 * (1 + 2 + 1) + 1},  # two a block; before the last convolution
         classes,
@@ -572,6 +570,4 @@ VARIATIONS = (
     decoder("dynamic tanh", {}, use_dynamic_tanh=True),
 )
 
-ARCHITECTURES = (
-    *ENCODERS, *DECODERS, *BOTH, *VISION, *AUDIO, *DIFFUSION, *MEDICAL, *GRAPHS, *VARIATIONS
-)
+ARCHITECTURES = (*ENCODERS, *DECODERS, *BOTH, *VISION, *AUDIO, *DIFFUSION, *MEDICAL, *GRAPHS, *VARIATIONS)
