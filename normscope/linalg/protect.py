@@ -21,8 +21,9 @@ def restored(model: nn.Module, heard: object = None) -> Iterator[None]:
     """Restore what running a model changes, at the end and after an error; attached scopes hear nothing meanwhile.
 
     Modes, buffers, every random state, and the attributes of its modules: counters, tensors and generators that a
-    module keeps beside its buffers. The user's hooks on parameters are off. What a module changes inside a list or an
-    object of its own cannot be seen.
+    module keeps beside its buffers; of parameters, whose copies would weigh as much as the model, those below a module
+    whose class says by `writes_parameters = True` that its forward rewrites them. The user's hooks on parameters are
+    off. What a module changes inside a list or an object of its own cannot be seen.
 
     Args:
         model: the model that runs inside.
@@ -34,7 +35,9 @@ def restored(model: nn.Module, heard: object = None) -> Iterator[None]:
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     held = [dict(vars(module)) for module in modules]
     kept = [value for attributes in held for value in attributes.values()]
-    saved = copies(t for t in (*model.buffers(), *kept) if isinstance(t, torch.Tensor))
+    writers = [module for module in modules if getattr(type(module), "writes_parameters", False)]
+    rewritten = {id(p): p for module in writers for p in module.parameters()}
+    saved = copies(t for t in (*model.buffers(), *rewritten.values(), *kept) if isinstance(t, torch.Tensor))
     with ExitStack() as stack:  # each step of it is taken, whatever another one raises
         for tensor, _ in saved:  # a backward may still wait for it
             stack.enter_context(_unsafe_preserve_version_counter(tensor))

@@ -160,7 +160,9 @@ def _replacement(
 
 
 def _refuse_content(module: nn.Module) -> None:
-    """Refuse a norm with an activation or the like inside, which would be lost."""
+    """Refuse a norm with an activation, a linear map or the like inside, which would be lost."""
+    if hasattr(module, "out_features"):
+        raise ArgumentError(f"{type(module).__name__} is also a linear layer, which would be lost.")
     if isinstance(module, Normalization):
         return
     lost = [

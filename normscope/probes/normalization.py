@@ -114,7 +114,7 @@ class Normalization:
         if name not in self._before:
             self._on_site(site, {"module": name, "call": 0, "slot": "running", **attributes(self._norms[name])})
         stats = {"mean": mean, "var": variance}
-        if batch is not None and self._norms[name].kind == "batch":
+        if batch is not None and self._norms[name].kind == "batch" and batch.shape[1] == len(mean):
             count, batch_mean, m2 = batch
             stats["drift"] = drift(batch_mean, m2 / np.maximum(count - 1, 1), mean, variance)
         now = np.stack((mean, variance))
@@ -165,9 +165,9 @@ def attributes(parts: NormParts) -> dict[str, object]:
 
 @torch.no_grad()
 def running(module: nn.Module) -> torch.Tensor:
-    """Return a copy of the running mean and variance, [2, C]."""
+    """Return a copy of the running mean and variance, [2, C], or [2, s C] of a layer that keeps s sets of them."""
     mean, variance = module.running_mean, module.running_var
-    return torch.stack((mean.detach(), variance.detach()))  # type: ignore[operator]  # buffers by their names
+    return torch.stack((mean.detach().reshape(-1), variance.detach().reshape(-1)))  # type: ignore[operator]  # buffers
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def examine(
         )
     still = _still(inner)
     held = problem.take(MAX_BATCHES)
-    stored = copies(inner.buffers())
+    stored = copies((*inner.parameters(), *inner.buffers()))  # a forward may rewrite its weights
     session, hooks, *_ = watch(
         inner,
         (),
@@ -85,9 +85,9 @@ def examine(
             for number, batch in enumerate(tqdm(held, desc="batches", unit="batch", disable=quiet)):
                 session.annotate({"loss": _run(problem, inner, batch, number)})
                 session.look(still)
-                for buffer, value in stored:  # each batch meets the model as it is
-                    restore_tensor(buffer, value)
+                _restore(stored)  # each batch meets the model as it is
     finally:
+        _restore(stored)
         hooks.remove()
         session.finish(measure=False)
         record = session.store.record()
@@ -121,6 +121,11 @@ def _undisturbed(model: nn.Module, listener: object) -> Iterator[None]:
         finally:
             for p, gradient in held:
                 p.grad = gradient
+
+
+def _restore(stored: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for tensor, value in stored:
+        restore_tensor(tensor, value)
 
 
 def _run(problem: Problem, model: nn.Module, batch: Any, number: int) -> float:

@@ -9,7 +9,20 @@ import torch
 from torch import nn
 
 from normscope.core.errors import ArgumentError
-from normscope.norms import Affine, Batch, Coloring, Norm, Running, Whiten, convert, find_norms, fold, recalibrate, zoo
+from normscope.norms import (
+    Affine,
+    Batch,
+    Coloring,
+    Norm,
+    Running,
+    Whiten,
+    build,
+    convert,
+    find_norms,
+    fold,
+    recalibrate,
+    zoo,
+)
 from normscope.norms.recalibration import measured_statistics
 
 torch.set_num_threads(1)
@@ -202,6 +215,7 @@ def test_images_to_layer_norm_share_all_of_an_example():
         (lambda: nn.BatchNorm1d(6), {"to": "concept-whitening"}, "dimensions"),
         (lambda: nn.BatchNorm1d(6), {"channels": "middle"}, "channels='middle'"),
         (lambda: nn.LocalResponseNorm(3), {"to": "batch"}, "number of features"),
+        (lambda: build("centering", 4), {"to": "batch"}, "CenteredLinear is also a linear layer"),
     ],
 )
 def test_errors(model, arguments, reason):

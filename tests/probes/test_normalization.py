@@ -246,3 +246,38 @@ def test_areas_that_another_argument_tells_are_not_guessed():
     record = train(nn.Sequential(GraphInstanceNorm(6, affine=True)), [torch.randn(9, 6)])
     assert "0/output" in set(record.sites["site"])
     assert not [block for block in record.blocks if block.site == "0/input"]
+
+
+def test_several_sets_of_running_statistics_are_kept_side_by_side():
+    record = train(nn.Sequential(ns.norms.build("switchable-width-batch", 6)), [torch.randn(16, 6)])
+    assert failed(record) == []
+    assert record.array("0/running", "mean")[1].shape[1] % 6 == 0
+
+
+def failed(record):
+    return list(record.events.loc[record.events["kind"] == "probe-failed", "message"])
+
+
+class Standing(nn.Module):
+    """Running statistics in the shape in which they are used."""
+
+    def __init__(self):
+        super().__init__()
+        self.eps = EPS
+        self.weight = nn.Parameter(torch.ones(1, 6, 1, 1))
+        self.register_buffer("running_mean", torch.zeros(1, 6, 1, 1))
+        self.register_buffer("running_var", torch.ones(1, 6, 1, 1))
+
+    def forward(self, x):
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, 0.1)
+            self.running_var.lerp_(var, 0.1)
+        return self.weight * (x - mean) / torch.sqrt(var + self.eps)
+
+
+def test_running_statistics_of_any_shape():
+    x = torch.randn(5, 6, 4, 4) + 3
+    record = train(nn.Sequential(type("BatchNorm", (Standing,), {})()), [x])
+    assert failed(record) == []
+    np.testing.assert_allclose(record.array("0/running", "mean")[1][0], 0.1 * x.mean((0, 2, 3)), rtol=1e-5)

@@ -33,6 +33,7 @@ class PopulationLinear(Normalization):
     """
 
     correlated: ClassVar[bool] = False
+    writes_parameters: ClassVar[bool] = True
     center: Tensor
     transform: Tensor
     running_covariance: Tensor
@@ -336,6 +337,7 @@ class LinearTransformations(Normalization):
         momentum: weight of the newest batch in the statistics.
     """
 
+    writes_parameters: ClassVar[bool] = True
     running_slope: Tensor
     running_value: Tensor
     running_input: Tensor
