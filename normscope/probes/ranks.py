@@ -1,0 +1,184 @@
+"""Ranks: the processes of torch.distributed that train one model together, and sums over them.
+
+What is measured is exchanged on the host, in float64, over a gloo group of its own: it cannot be mistaken for a
+collective of the training, waits a bounded time, and a rank that leaves it is noticed by the others at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Collection, Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from normscope.linalg.ranks import rank
+
+PATIENCE = 60.0  # seconds for which an exchange waits for the others
+_NUMBERS = itertools.count()  # of this process' attachments: the same on every rank, as all attach in the same order
+
+
+class LostError(Exception):
+    """The other ranks cannot be reached any more; what this one has measured is its own."""
+
+
+def world() -> int:
+    """Return the number of processes that torch.distributed has, 1 without it."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_writer() -> bool:
+    """Tell whether this process writes what all have measured: rank 0 does."""
+    return rank() == 0
+
+
+def is_sharded(x: torch.Tensor) -> bool:
+    """Tell whether a tensor is a DTensor, of which this process holds a shard or a replica."""
+    return hasattr(x, "device_mesh") and hasattr(x, "placements")
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this process holds, detached: all of it unless it is a DTensor."""
+    held: Any = x.detach()
+    return held.to_local() if is_sharded(held) else held  # type: ignore[no-any-return]
+
+
+def share(x: torch.Tensor) -> float:
+    """Return one over the number of ranks that hold the same, so that a sum over all of them counts an element once."""
+    sharded: Any = x
+    if not is_sharded(x):
+        return 1 / world()
+    sizes = zip(sharded.device_mesh.shape, sharded.placements, strict=True)  # the mesh is of all ranks
+    replicas: int = math.prod(size for size, placement in sizes if placement.is_replicate())
+    return 1 / replicas
+
+
+@torch.no_grad()
+def spread(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return values of the rows of `local(x)` at their places among all rows of x, times `share(x)`: to be summed.
+
+    Args:
+        x: a DTensor.
+        values: [local rows].
+
+    Returns:
+        [rows], zero in rows that are elsewhere.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # takes a second to import
+
+    sharded: Any = x
+    _, offset = compute_local_shape_and_global_offset(x.shape, sharded.device_mesh, sharded.placements)
+    found = values.new_zeros(len(x))
+    found[offset[0] : offset[0] + len(values)] = values * share(x)
+    return found
+
+
+class Ranks:
+    """The ranks that have attached to one model; alone until `join` has found them, and after one was lost.
+
+    Args:
+        size: number of ranks, 1 where this process measures by itself.
+        settings: what must be the same on all, as text.
+    """
+
+    def __init__(self, size: int = 1, settings: str = "") -> None:
+        """Announce this rank, without waiting for the others."""
+        self.size, self.rank = size, rank() if size > 1 else 0
+        self._group: Any = None
+        self._store: Any = None
+        if size > 1:
+            store = dist.distributed_c10d._get_default_store()
+            prefix = f"normscope/{next(_NUMBERS)}"
+            self._store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+            self._store.set(f"attached/{self.rank}", settings)
+
+    @property
+    def together(self) -> bool:
+        """Whether the others can be reached."""
+        return self._group is not None
+
+    def join(self) -> None:
+        """Find the others, at the first call, which comes after the training has made all ranks wait for each other.
+
+        Whoever comes first decides for all: together if every rank has announced the same settings, else alone.
+
+        Raises:
+            LostError: if they have not attached, or otherwise, or cannot be reached.
+        """
+        if self._store is None:
+            return
+        store, self._store = self._store, None
+        keys = [f"attached/{number}" for number in range(self.size)]
+        try:
+            missing = [number for number, key in enumerate(keys) if not store.check([key])]
+            differing = not missing and len({store.get(key) for key in keys}) > 1
+            why = f"rank {', '.join(map(str, missing))} has not attached" if missing else "the ranks attach differently"
+            decided = store.compare_set("decided", "", why if missing or differing else "together").decode()
+            if decided == "together":
+                patience = timedelta(seconds=PATIENCE)
+                self._group = dist.ProcessGroupGloo(store, self.rank, self.size, patience)
+        except Exception as error:  # of the store or of the network, in any class
+            raise LostError(str(error)) from error
+        if self._group is None:
+            raise LostError(decided)
+
+    def leave(self) -> None:
+        """Be alone from now on; the others notice when they next exchange something."""
+        self._group = self._store = None
+
+    def summed(self, arrays: Sequence[np.ndarray], patience: float = PATIENCE) -> list[np.ndarray]:
+        """Sum arrays over the ranks, in one collective.
+
+        Args:
+            arrays: of the same shapes on every rank.
+            patience: seconds to wait for the others.
+
+        Returns:
+            Arrays of the same shapes, float64; those given where this rank is alone. If a rank was lost it is a
+            LostError.
+        """
+        return self._reduced(arrays, "SUM", patience)
+
+    def maximum(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return the largest values among the ranks, as `summed` does."""
+        return self._reduced(arrays, "MAX", PATIENCE)
+
+    def common(self, keys: Collection[str]) -> list[str]:
+        """Return what all ranks have, sorted; a collective.
+
+        Args:
+            keys: what this one has.
+
+        Returns:
+            Those keys that every rank gave.
+        """
+        mine = sorted(keys)
+        text = "\n".join(mine).encode()
+        digest = float(int.from_bytes(hashlib.sha256(text).digest()[:6]))  # 48 bits are exact in float64
+        largest, smallest, longest = self.maximum([np.array([digest, -digest, len(text)])])[0]
+        if largest == -smallest:
+            return mine
+        letters = np.zeros((self.size, int(longest)))
+        letters[self.rank, : len(text)] = np.frombuffer(text, np.uint8)
+        theirs = [bytes(row[row > 0].astype(np.uint8)) for row in self.summed([letters])[0]]
+        return sorted(set.intersection(*(set(row.decode().split("\n")) for row in theirs)) - {""})
+
+    def _reduced(self, arrays: Sequence[np.ndarray], kind: str, patience: float) -> list[np.ndarray]:
+        if self._group is None:
+            return list(arrays)
+        flat = torch.from_numpy(np.concatenate([np.empty(0), *(np.asarray(a, np.float64).ravel() for a in arrays)]))
+        options = dist.AllreduceOptions()
+        options.reduceOp = getattr(dist.ReduceOp, kind)
+        try:
+            if flat.numel():
+                self._group.allreduce([flat], options).wait(timedelta(seconds=patience))
+        except Exception as error:  # a rank that died, or one that did not come
+            self.leave()
+            raise LostError(str(error).partition(". This is")[0]) from error
+        ends = np.cumsum([a.size for a in arrays])[:-1]
+        return [part.reshape(a.shape) for part, a in zip(np.split(flat.numpy(), ends), arrays, strict=True)]
