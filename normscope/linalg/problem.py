@@ -193,6 +193,13 @@ class Problem:
         made._unused = made._hessian = None
         return made
 
+    def alone(self) -> Problem:
+        """Return the same problem of this rank alone, on the module behind the wrapper of data parallelism."""
+        made = copy.copy(self)
+        made.model, made.distributed = self._inner, False
+        made._unused = made._hessian = None
+        return made
+
     def __repr__(self) -> str:
         """Say what the problem holds, and how it differs from the training loss."""
         selected = sum(0 if is_lazy(p) else p.numel() for p in self._selected().values())

@@ -190,7 +190,7 @@ def find_norms(model: nn.Module) -> dict[str, NormParts]:
 def _duck(module: nn.Module) -> NormParts | None:
     """Recognize a norm that is not of a torch class by its name, its attributes and its lack of other content."""
     own = _own(module)
-    named = _kind_from_name(_name(module))
+    named = _kind_from_name(class_name(module))
     kind, sure, plain = named or ("batch", False, False)
     running = "running_mean" in own and "running_var" in own
     if not named and not running:  # before any attribute is asked for: a model may warn of its own
@@ -233,9 +233,12 @@ def _below(module: nn.Module) -> tuple[list[NormParts], bool]:
     return inner, others
 
 
-def _name(module: nn.Module) -> str:
-    """Return the class name; of a scripted module that of the class it was made from."""
-    return str(getattr(module, "original_name", type(module).__name__))
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class; where scripting or fully_shard has made one, of that it was made from."""
+    kind = type(module)
+    if any(base.__name__ == "FSDPModule" for base in kind.__bases__):
+        kind = kind.__bases__[-1]
+    return str(getattr(module, "original_name", kind.__name__))
 
 
 def _kind_from_name(name: str) -> tuple[str, bool, bool] | None:
@@ -330,7 +333,7 @@ def _channels_first(module: nn.Module, gain: Tensor | None, reading: _Reading | 
         return "first" in layout.lower()
     if gain is not None and gain.ndim > 1 and gain.shape[-1] == 1 and gain.numel() > 1:
         return True
-    if re.search(r"norm(?:act)?[123]d", _name(module).lower()):
+    if re.search(r"norm(?:act)?[123]d", class_name(module).lower()):
         return True
     return reading is not None and reading.channels_first
 
@@ -344,7 +347,7 @@ def _gain_offset(module: nn.Module, gain: str | None, reading: _Reading | None) 
         return float(declared[0])
     if reading is not None:
         return float(gain in reading.plus_one)
-    return float(re.search(r"gemma(?!3n|4)|norm1p$", _name(module).lower()) is not None)
+    return float(re.search(r"gemma(?!3n|4)|norm1p$", class_name(module).lower()) is not None)
 
 
 def _subtracts_mean(reading: _Reading | None, bias: str | None) -> bool:

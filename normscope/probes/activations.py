@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from normscope.core.site import Site
-from normscope.norms.recognize import NormParts
+from normscope.norms.recognize import NormParts, class_name
 from normscope.probes import covariance, factors, hooks, layout, moments, noise, normalization, tails
 from normscope.probes.factors import Factors
 from normscope.probes.normalization import Calls
@@ -46,6 +46,16 @@ class Measured(NamedTuple):
     role: str
     probe: str
     state: State
+
+    @property
+    def key(self) -> str:
+        """What it is of, as text."""
+        return f"{self.site} {self.role} {self.probe}"
+
+    @property
+    def kind(self) -> str:
+        """How it is joined with that of other ranks, see `normscope.probes.joining`."""
+        return "moments" if self.probe == "batch" else self.probe
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -354,7 +364,7 @@ class Activations:
             if (name, call, "input") not in self._places:
                 axis = factors.axis_of(module, x)
                 self._places[name, call, "input"] = Place(site, axis, None)
-                attributes = {"module": name, "call": call, "slot": "input", "class": type(module).__name__}
+                attributes = {"module": name, "call": call, "slot": "input", "class": class_name(module)}
                 self._on_site(site, attributes | {"shape": list(x.shape), "channels": state.shape[-1]})
             self._turns.expect(Site(name, call))
             current.add(site, "value", "covariance", state)
@@ -368,7 +378,7 @@ class Activations:
         site = str(Site(name, call, "patches"))
         if (name, call, "patches") not in self._places:
             self._places[name, call, "patches"] = Place(site, -1, None)
-            attributes = {"module": name, "call": call, "slot": "patches", "class": type(module).__name__}
+            attributes = {"module": name, "call": call, "slot": "patches", "class": class_name(module)}
             self._on_site(site, attributes | {"channels": state.shape[-1]})
         current.add(site, "value", "covariance", state)
 
@@ -392,7 +402,7 @@ class Activations:
             "module": where.module,
             "call": where.call,
             "slot": where.slot,
-            "class": type(module).__name__,
+            "class": class_name(module),
             "shape": list(shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "axis": axis,

@@ -90,9 +90,9 @@ def observe(x: torch.Tensor, axis: int) -> torch.Tensor:
         x, axis = x.reshape(1, -1), -1
     last = axis % x.dim() == x.dim() - 1
     features = x.reshape(-1, x.shape[-1]).T if last else x.movedim(axis, 0).reshape(x.shape[axis], -1)
-    if features.shape[1] <= _most_samples(features.shape[0]):
+    if features.shape[1] <= most_samples(features.shape[0]):
         return features.T.to(wide).clone(memory_format=torch.contiguous_format)
-    return _reduced(features.to(wide))
+    return reduced(features.to(wide))
 
 
 @torch.no_grad()
@@ -109,8 +109,8 @@ def merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     width = a.shape[-1]
     if a.dim() == b.dim() == 2:
         joined = torch.cat((a, b))
-        return joined if len(joined) <= _most_samples(width) else _reduced(joined.T)
-    a, b = (_reduced(state.T) if state.dim() == 2 else state for state in (a, b))
+        return joined if len(joined) <= most_samples(width) else reduced(joined.T)
+    a, b = (reduced(state.T) if state.dim() == 2 else state for state in (a, b))
     if width > WIDEST:
         return a + b
     (scatter, mean, count), (other, other_mean, other_count) = _parts(a), _parts(b)
@@ -123,12 +123,13 @@ def _parts(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return state[0, :-2], state[0, -2], state[0, -1]
 
 
-def _most_samples(width: int) -> int:
+def most_samples(width: int) -> int:
     """Return how many samples are kept as they are: no more memory than the matrix of `WIDEST` features takes."""
     return min(width, WIDEST**2 // width)
 
 
-def _reduced(features: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def reduced(features: torch.Tensor) -> torch.Tensor:
     """Reduce samples [d, m] to a matrix or a sketch."""
     width, count = features.shape
     with torch.autocast(features.device.type, enabled=False):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from normscope.core.site import Site
-from normscope.probes import optimizers
+from normscope.probes import optimizers, ranks
 from normscope.probes.normalization import MAX_CHANNELS
 from normscope.probes.summary import Row, channel_row
 
@@ -22,12 +22,21 @@ COPIED = 1 << 25  # bytes of weights copied before a sampled step at most, 32 MB
 
 
 class _Found(NamedTuple):
-    """A state on its device: of the weight or gradient a norm, of both their inner product, of a step `_moved`."""
+    """A state on its device: of the weight or gradient a norm, of both their inner product, of a step `_moved`.
+
+    Of a sharded parameter it is what the ranks' parts add up to, of a norm the square.
+    """
 
     name: str
     role: str
     stat: str
     state: torch.Tensor
+    sharded: bool
+
+    @property
+    def key(self) -> str:
+        """What it is of, as text."""
+        return f"{self.name} {self.role} {self.stat}"
 
 
 class Parameters:
@@ -55,6 +64,8 @@ class Parameters:
         self._found: list[_Found] = []
         self._held: list[tuple[nn.Parameter, weakref.ref[torch.Tensor], int]] = []
         self._left: tuple[nn.Parameter, torch.Tensor, torch.Tensor] | None = None
+        held = (p for o in self._optimizers for group in o.param_groups for p in group["params"])
+        self.sharded = any(ranks.is_sharded(p) for p in held)  # whether each rank holds a part of what is trained
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Copy weights, `COPIED` bytes of them at most; those left out have their turn at the next sampled step."""
@@ -67,7 +78,7 @@ class Parameters:
         room = COPIED
         for name, parameter in mine[start:] + mine[:start]:
             thin = _thinned(parameter)
-            size = thin.numel() * thin.element_size()
+            size = _copied_bytes(parameter)
             if size > room:
                 break
             room -= size
@@ -110,8 +121,9 @@ class Parameters:
         kept = self._copies.get(id(optimizer), {})
         squares: dict[int, torch.Tensor] = {}
         for name, parameter in self._mine(optimizer):
-            copied = name in kept and kept[name].numel() == parameter.numel()
-            weight = kept[name] if copied else parameter
+            held = ranks.local(parameter)
+            copied = name in kept and kept[name].numel() == held.numel()
+            weight = kept[name] if copied else held
             rows = by_row and _has_rows(parameter)
             if rows or not copied:  # of a copied weight it follows from what the step moves
                 self._add(name, "value", "norm", _row_norms(weight) if rows else norms([weight])[0])
@@ -120,7 +132,8 @@ class Parameters:
             gradient = dense_values(parameter.grad)
             rows = rows and gradient.shape == weight.shape
             found = {"square": _row_norms(gradient).square_() if rows else _square(gradient)}
-            squares[id(parameter)] = found["square"].sum() if rows else found["square"]
+            square = found["square"].sum() if rows else found["square"]
+            squares[id(parameter)] = square * self.weight(parameter) if self.sharded else square
             if self._left is not None and self._left[0] is parameter and self._left[1] is parameter.grad:
                 found["left"] = self._left[2]  # the same tensor: it was not set to None since
             if gradient.shape == weight.shape:
@@ -137,20 +150,24 @@ class Parameters:
             if name in before:
                 now = _thinned(parameter)
                 back = before[name].sub_(now)
-                stretch = parameter.numel() / max(now.numel(), 1)
+                stretch = ranks.local(parameter).numel() / max(now.numel(), 1)
                 self._add(name, "update", "moved", _moved(now, back, stretch))
                 if parameter.dtype in _COARSE and parameter.grad is not None:
                     self._add(name, "update", "still", _still(back, _thinned(parameter.grad)))
 
-    def states(self) -> list[torch.Tensor]:
-        """Return what was measured in this step, on its devices."""
-        return [item.state for item in self._found]
+    def weight(self, x: torch.Tensor) -> float:
+        """Return the part of a tensor's square that this rank adds to a sum over ranks; 1 where nothing is sharded."""
+        return ranks.share(x) if self.sharded else 1.0
 
-    def rows(self, values: Sequence[np.ndarray], vectors: Mapping[str, np.ndarray]) -> list[Row]:
+    def states(self) -> list[_Found]:
+        """Return what was measured in this step, on its devices."""
+        return self._found
+
+    def rows(self, values: Sequence[np.ndarray | None], vectors: Mapping[str, np.ndarray]) -> list[Row]:
         """Return rows with size and direction of each parameter and role.
 
         Args:
-            values: `states` on the host.
+            values: `states` on the host, None for those that are not known.
             vectors: gains and biases of normalization layers by site, kept whole.
 
         Returns:
@@ -161,7 +178,9 @@ class Parameters:
         """
         states: dict[str, dict[tuple[str, str], np.ndarray]] = {}
         for item, value in zip(self._found, values, strict=True):
-            states.setdefault(item.name, {})[item.role, item.stat] = value
+            if value is not None:
+                norm = np.sqrt(value) if item.sharded and item.stat == "norm" else value
+                states.setdefault(item.name, {})[item.role, item.stat] = norm
         arrays: dict[tuple[str, str], dict[str, np.ndarray]] = {}
         scalars: dict[tuple[str, str], dict[str, float]] = {}
         for name, found in states.items():
@@ -179,7 +198,13 @@ class Parameters:
         self._copies, self._found, self._held, self._left = {}, [], [], None
 
     def _add(self, name: str, role: str, stat: str, state: torch.Tensor) -> None:
-        self._found.append(_Found(name, role, stat, state))
+        parameter = self._named[name]
+        sharded = ranks.is_sharded(parameter)
+        if sharded:
+            state = state.square() if stat == "norm" else state
+            by_row = state.dim() and stat in ("norm", "square", "inner")
+            state = ranks.spread(parameter, state) if by_row else state * ranks.share(parameter)
+        self._found.append(_Found(name, role, stat, state, sharded))
 
     def _mine(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:
         held = (p for group in optimizer.param_groups for p in group["params"])
@@ -220,26 +245,32 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def squared_norm(gradients: Iterable[torch.Tensor], known: Iterable[torch.Tensor] = ()) -> list[torch.Tensor]:
+def squared_norm(
+    gradients: Iterable[torch.Tensor],
+    known: Iterable[torch.Tensor] = (),
+    weight: Callable[[torch.Tensor], float] = lambda _: 1.0,
+) -> list[torch.Tensor]:
     """Return the squared norm of all gradients together, one scalar a device, without waiting for it.
 
     Args:
-        gradients: parameter gradients, dense or sparse.
+        gradients: parameter gradients, dense or sparse; of a sharded one the part of this rank.
         known: squared norms of further gradients.
+        weight: what the square of a gradient is multiplied with.
 
     Returns:
         One scalar per device that holds a gradient; NaN or infinite as soon as one element is.
     """
-    parts: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    parts: dict[tuple[torch.device, torch.dtype, float], list[torch.Tensor]] = {}
     for gradient in gradients:
-        dense = dense_values(gradient)
-        parts.setdefault((dense.device, dense.dtype), []).append(dense)
+        whole = dense_values(gradient)
+        parts.setdefault((whole.device, whole.dtype, weight(gradient)), []).append(whole)
     squares: dict[torch.device, list[torch.Tensor]] = {}
     for square in known:
         squares.setdefault(square.device, []).append(square)
-    for (device, _), same in parts.items():
+    for (device, _, part), same in parts.items():
         norm = torch.stack(torch._foreach_norm(same, 2, sum_dtype(same[0])))
-        squares.setdefault(device, []).append(norm.square_().sum())
+        square = norm.square_().sum()
+        squares.setdefault(device, []).append(square if part == 1 else square * part)
     return [found[0] if len(found) == 1 else torch.stack(found).sum() for found in squares.values()]
 
 
@@ -286,9 +317,9 @@ def _moved(now: torch.Tensor, back: torch.Tensor, stretch: float) -> torch.Tenso
 
 
 def _still(back: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Return the fraction of entries that have a gradient and were not moved; NaN where none has one."""
+    """Return how many entries have a gradient and were not moved, and how many have one, [2]."""
     pushed = gradient != 0
-    return ((back == 0) & pushed).sum() / pushed.sum()
+    return torch.stack((((back == 0) & pushed).sum(), pushed.sum()))
 
 
 @np.errstate(all="ignore")  # a diverged run holds infinities, a bias of zeros has no direction
@@ -321,7 +352,7 @@ def _finished(
         result["update"] = (_update(*moved), {})
         still = found.get(("update", "still"))
         if still is not None:
-            result["update"][0]["still"] = float(still)
+            result["update"][0]["still"] = float(still[0] / still[1])
     return result
 
 
@@ -349,14 +380,22 @@ def _copied(x: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
 
 def _thinned(x: torch.Tensor) -> torch.Tensor:
     """Return a parameter, or every k-th of its elements where it alone is larger than what may be copied."""
-    x = x.detach()
+    x = ranks.local(x)
     stride = -(-x.numel() * x.element_size() // COPIED)
     return x.reshape(-1)[::stride] if stride > 1 else x
 
 
+def _copied_bytes(x: torch.Tensor) -> int:
+    """Return what the copy of a parameter takes; of a sharded one on every rank the same, that of an equal part."""
+    parts = round(ranks.share(x) * ranks.world()) if ranks.is_sharded(x) else 1
+    held = -(-x.numel() // parts)
+    stride = max(1, -(-held * x.element_size() // COPIED))
+    return -(-held // stride) * x.element_size()
+
+
 def dense_values(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor without its history, of a sparse one the values that it holds."""
-    x = x.detach()
+    """Return what this process holds of a tensor, without its history; of a sparse one the values."""
+    x = ranks.local(x)
     if x.is_sparse:
         return x.coalesce().values()
     return x

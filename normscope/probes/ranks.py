@@ -60,22 +60,22 @@ def share(x: torch.Tensor) -> float:
 
 @torch.no_grad()
 def spread(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return values of the rows of `local(x)` at their places among all rows of x, times `share(x)`: to be summed.
+    """Return values of the entries or rows of `local(x)` at their places in all of x, times `share(x)`: to be summed.
 
     Args:
         x: a DTensor.
-        values: [local rows].
+        values: of the shape of `local(x)`, or of its first dimensions.
 
     Returns:
-        [rows], zero in rows that are elsewhere.
+        Of the shape of x, or of its first dimensions; zero where other ranks have values.
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # takes a second to import
 
     sharded: Any = x
     _, offset = compute_local_shape_and_global_offset(x.shape, sharded.device_mesh, sharded.placements)
-    found = values.new_zeros(len(x))
-    found[offset[0] : offset[0] + len(values)] = values * share(x)
-    return found
+    found = values.new_zeros(x.shape[: values.dim()])
+    found[tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=False))] = values
+    return found.mul_(share(x))
 
 
 class Ranks:
@@ -84,11 +84,15 @@ class Ranks:
     Args:
         size: number of ranks, 1 where this process measures by itself.
         settings: what must be the same on all, as text.
+
+    Attributes:
+        patience: seconds for which an exchange waits for the others.
     """
 
     def __init__(self, size: int = 1, settings: str = "") -> None:
         """Announce this rank, without waiting for the others."""
         self.size, self.rank = size, rank() if size > 1 else 0
+        self.patience = PATIENCE
         self._group: Any = None
         self._store: Any = None
         if size > 1:
@@ -120,33 +124,54 @@ class Ranks:
             why = f"rank {', '.join(map(str, missing))} has not attached" if missing else "the ranks attach differently"
             decided = store.compare_set("decided", "", why if missing or differing else "together").decode()
             if decided == "together":
-                patience = timedelta(seconds=PATIENCE)
-                self._group = dist.ProcessGroupGloo(store, self.rank, self.size, patience)
+                self._group = dist.ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=self.patience))
         except Exception as error:  # of the store or of the network, in any class
             raise LostError(str(error)) from error
         if self._group is None:
             raise LostError(decided)
 
+    def told(self, name: str, value: str) -> str:
+        """Return what the writing rank says, for which the others wait.
+
+        Args:
+            name: of what.
+            value: what this rank would say.
+
+        Returns:
+            The value of the writing rank.
+
+        Raises:
+            LostError: if it says nothing for too long.
+        """
+        try:
+            if self.rank == 0:
+                self._store.set(name, value)
+            else:
+                self._store.wait([name], timedelta(seconds=self.patience))
+                value = self._store.get(name).decode()
+        except Exception as error:
+            raise LostError(str(error)) from error
+        return value
+
     def leave(self) -> None:
         """Be alone from now on; the others notice when they next exchange something."""
         self._group = self._store = None
 
-    def summed(self, arrays: Sequence[np.ndarray], patience: float = PATIENCE) -> list[np.ndarray]:
+    def summed(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Sum arrays over the ranks, in one collective.
 
         Args:
             arrays: of the same shapes on every rank.
-            patience: seconds to wait for the others.
 
         Returns:
             Arrays of the same shapes, float64; those given where this rank is alone. If a rank was lost it is a
             LostError.
         """
-        return self._reduced(arrays, "SUM", patience)
+        return self._reduced(arrays, "SUM")
 
     def maximum(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return the largest values among the ranks, as `summed` does."""
-        return self._reduced(arrays, "MAX", PATIENCE)
+        return self._reduced(arrays, "MAX")
 
     def common(self, keys: Collection[str]) -> list[str]:
         """Return what all ranks have, sorted; a collective.
@@ -168,7 +193,7 @@ class Ranks:
         theirs = [bytes(row[row > 0].astype(np.uint8)) for row in self.summed([letters])[0]]
         return sorted(set.intersection(*(set(row.decode().split("\n")) for row in theirs)) - {""})
 
-    def _reduced(self, arrays: Sequence[np.ndarray], kind: str, patience: float) -> list[np.ndarray]:
+    def _reduced(self, arrays: Sequence[np.ndarray], kind: str) -> list[np.ndarray]:
         if self._group is None:
             return list(arrays)
         flat = torch.from_numpy(np.concatenate([np.empty(0), *(np.asarray(a, np.float64).ravel() for a in arrays)]))
@@ -176,7 +201,7 @@ class Ranks:
         options.reduceOp = getattr(dist.ReduceOp, kind)
         try:
             if flat.numel():
-                self._group.allreduce([flat], options).wait(timedelta(seconds=patience))
+                self._group.allreduce([flat], options).wait(timedelta(seconds=self.patience))
         except Exception as error:  # a rank that died, or one that did not come
             self.leave()
             raise LostError(str(error).partition(". This is")[0]) from error

@@ -65,7 +65,8 @@ class Stream:
             found = features(x)
             if found is not None:
                 variance, mean = torch.var_mean(found, 0)
-                self._drawn = [torch.stack((torch.full_like(mean, len(found)), mean, variance))]
+                m2 = variance * (len(found) - 1)
+                self._drawn = [torch.stack((torch.full_like(mean, len(found)), mean, m2))]
 
     def see_gradient(self, squares: list[torch.Tensor]) -> None:
         """Hear of the gradient that the backward passes so far have added up to.
@@ -112,12 +113,13 @@ class Stream:
         and s^2 the variance between the samples of the batch; its expectation is 1 for independent draws.
 
         Args:
-            state: [3, features] count, mean and variance of the features over the samples of a batch.
+            state: [3, features] count, mean and M2 = sum (x - mean)^2 of the features over the samples of a batch.
 
         Returns:
             The ratio, NaN for the first batch and for constant input, and the samples.
         """
-        (count, *_), mean, variance = state
+        (count, *_), mean, m2 = state
+        variance = m2 / (count - 1)
         if self._mean is None or self._mean.shape != mean.shape:
             self._mean, self._batches = np.zeros_like(mean), 0
         t, ratio = self._batches, float("nan")

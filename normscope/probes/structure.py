@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from normscope.core.site import Site
 from normscope.norms.layer import Norm, Normalization
-from normscope.norms.recognize import NormParts
-from normscope.probes import normalization, optimizers
+from normscope.norms.recognize import NormParts, class_name
+from normscope.probes import normalization, optimizers, ranks
 from normscope.probes.noise import crossing
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # types in which a gain is read
@@ -51,7 +51,7 @@ def describe(
     }
     rows: list[dict[str, object]] = []
     for name, module in modules.items():
-        row: dict[str, object] = {"module": name, "class": type(module).__name__, "after": before.get(name, "")}
+        row: dict[str, object] = {"module": name, "class": class_name(module), "after": before.get(name, "")}
         if isinstance(module, nn.modules.dropout._DropoutNd):
             row["drop"] = optimizers.known(module.p)
         if name in norms:
@@ -61,7 +61,7 @@ def describe(
     kept = set(gains.values())
     return {
         "training": model.training,
-        "processes": _processes(),
+        "processes": ranks.world(),
         "foreign": sum(key not in mine for key in holders),
         "modules": rows,
         "parameters": [_parameter(name, p, holders.get(id(p), []), name in kept) for name, p in named.items()],
@@ -76,7 +76,7 @@ def _norm(module: nn.Module, parts: NormParts, gain: nn.Parameter | None) -> dic
         "ndim": parts.normalized_ndim,
         "training": module.training,
         "whitens": isinstance(module, Norm) and module.traits.whitens and module.traits.crosses_batch,
-        "synchronized": _is_synchronized(module),
+        "synchronized": is_synchronized(module),
         "computes_in": _computes_in(module, dtype),
     }
 
@@ -142,12 +142,8 @@ def _end(module: nn.Module, position: int) -> nn.Module | None:
     return None if any(True for _ in module.children()) else module
 
 
-def _processes() -> int:
-    available = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if available else 1
-
-
-def _is_synchronized(module: nn.Module) -> bool:
+def is_synchronized(module: nn.Module) -> bool:
+    """Tell whether a normalization layer takes the statistics of a batch over all ranks."""
     ours = isinstance(module, Normalization) and type(module.average).__name__ == "Across"
     return ours or isinstance(module, nn.SyncBatchNorm) or "sync" in type(module).__name__.lower()
 

@@ -17,7 +17,7 @@ from normscope.core.errors import ArgumentError
 from normscope.linalg.problem import Problem
 from normscope.probes.hooks import Hooks
 from normscope.scope.session import Session
-from normscope.scope.watch import Layers, unwrapped, watch
+from normscope.scope.watch import Layers, ranks_of, unwrapped, watch
 
 if TYPE_CHECKING:
     from normscope.core.record import Record
@@ -31,7 +31,7 @@ class Scope:
         """Hold the parts; use `attach`."""
         self._session, self._hooks, self._path, self._summary = session, hooks, path, summary
         self._closed = False
-        atexit.register(self.close)
+        atexit.register(self._at_exit)
 
     @property
     def closed(self) -> bool:
@@ -66,7 +66,7 @@ class Scope:
         return normscope.diagnose(self.record())
 
     def report(self, path: str | Path | None = None) -> Path:
-        """Write report.html with its Markdown and JSON twins beside it.
+        """Write report.html with its Markdown and JSON twins beside it; of several ranks the first one does.
 
         Args:
             path: the page; report.html in the run's folder by default.
@@ -77,6 +77,8 @@ class Scope:
         Raises:
             ArgumentError: if the run is kept in memory and no path is given.
         """
+        if not self._session.writes:
+            return Path("report.html" if path is None else path)
         if path is None and self._path is None:
             raise ArgumentError("path=None: a run kept in memory has no folder; pass a path, as 'report.html'.")
         record = self.record()
@@ -88,11 +90,15 @@ class Scope:
         """Detach: remove every hook, write what waits. A second call does nothing."""
         self._close(measure=True)
 
+    def _at_exit(self) -> None:
+        self._session.leave()
+        self.close()
+
     def _close(self, measure: bool) -> None:
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         if self._session.forked:  # the record and the hooks are the parent's
             return
         self._hooks.remove()
@@ -136,7 +142,9 @@ def attach(
 
     Steps are counted by the optimizers' own step hooks. On sampled steps per-channel statistics of every layer's output
     and of its gradient, norms of weights, gradients and updates, and the state of normalization layers are recorded; on
-    every step the gradient norm. Training is bit-identical with and without.
+    every step the gradient norm. Training is bit-identical with and without. Under DistributedDataParallel, or after
+    fully_shard, attach on every rank: the first one writes the record, of all ranks' samples together, as one process
+    on the joined batch would; held batches, and what only some ranks measure, are the first one's.
 
     Args:
         model: the model.
@@ -163,7 +171,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model={type(model).__name__} must be a torch.nn.Module.")
-    model = unwrapped(model)
+    size, model = ranks_of(model), unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentError(
             f"model={type(model).__name__} is scripted and takes no hooks; attach to the module it was made from."
@@ -197,6 +205,7 @@ def attach(
         scaler=scaler,
         reduction=reduction,
         resume=resume,
+        size=size,
     )
     return Scope(*watched)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -20,15 +19,18 @@ from normscope.core.site import Site
 from normscope.core.store import Store
 from normscope.linalg.problem import Problem
 from normscope.norms.recognize import NormParts
-from normscope.probes import hooks, layout, optimizers, summary
+from normscope.probes import hooks, layout, optimizers, ranks, structure, summary
 from normscope.probes.activations import Activations, Measured, on_host
 from normscope.probes.factors import Factors
 from normscope.probes.flight import Flight
+from normscope.probes.joining import Item
 from normscope.probes.normalization import MAX_CHANNELS, Normalization
 from normscope.probes.parameters import Parameters, squared_norm
+from normscope.probes.ranks import Ranks
 from normscope.probes.snapshots import ENDS, RARE, SNAPSHOTS, Held
 from normscope.probes.stream import Stream
 from normscope.probes.transfer import to_host
+from normscope.scope import together
 from normscope.scope.trigger import Trigger
 
 log = logging.getLogger("normscope")
@@ -69,6 +71,7 @@ class Session:
         scaler: the gradient scaler, or None.
         reduction: how the loss joins samples, "mean" or "sum".
         earlier: what the store holds of the run that goes on, None if it begins.
+        among: the ranks that train the model together, None where this process trains it alone.
     """
 
     def __init__(
@@ -85,12 +88,14 @@ class Session:
         scaler: Any,
         reduction: str = "mean",
         earlier: Earlier | None = None,
+        among: Ranks | None = None,
     ) -> None:
         """Set the first step up as sampled; see the class."""
         self.store, self.every, self.problem, self.scaler = store, every, problem, scaler
         self._norms, self._optimizers, self._named = norms, tuple(stepped), named
         self._probes = set(probes)
-        self._factors = Factors(every, reduction == "mean", "correlation" in self._probes, "patches" in self._probes)
+        self._mean = reduction == "mean"
+        self._factors = Factors(every, self._mean, "correlation" in self._probes, "patches" in self._probes)
         self._activations = Activations(
             norms, self._probes, self._factors, self._on_site, self.fail, self._begin_backward
         )
@@ -121,7 +126,11 @@ class Session:
         self.step = 0 if earlier is None else earlier.step
         self._trigger = Trigger(self.step)
         self.active = False
+        self._synchronized = {name for name in norms if structure.is_synchronized(modules[name])}
+        self._together = together.Together(among or Ranks(), self._parameters.sharded, self._note)
         self._begin_step()
+        if self._together.size > 1 and problem is not None:
+            self._hold_alone(problem)
         if earlier is not None:
             self.store.event(self.step, "resumed", "", f"resumed: recorded before are {self.step} steps")
 
@@ -217,7 +226,7 @@ class Session:
         else:
             self._told |= set(known)
             self._last_row.update(known)
-            self._rows[self._last_row["step"]] = self._last_row
+            self._write_again(self._last_row)
 
     def settle(self) -> None:
         """Wait for the eigenvalues that are being taken, and add them to what waits to be written."""
@@ -227,13 +236,10 @@ class Session:
     def flush(self) -> None:
         """Write what waits; a full disk is reported once and tried again at the next sampled step."""
         rows, self._rows = list(self._rows.values()), {}
-        items = ((row, name, value) for row in rows for name, value in row.items())
-        waiting = [item for item in items if isinstance(item[2], (list, torch.Tensor))]
-        tensors = [value if isinstance(value, list) else [value] for _, _, value in waiting]
-        host = iter(to_host([t.reshape(-1)[:1] for group in tensors for t in group]))
-        for (row, name, _), group in zip(waiting, tensors, strict=True):
-            total = sum(float(next(host)[0]) for _ in group)
-            row[name] = math.sqrt(total) if isinstance(row[name], list) and total >= 0 else total
+        together.on_host(rows)
+        if not self.writes:
+            self.store.drop_waiting()
+            return
         for step, keys, values in self._fly(self._flight.take) or ():
             self.store.series(step, keys, values)
         for row in rows:
@@ -256,10 +262,13 @@ class Session:
 
     def finish(self, measure: bool) -> None:
         """Write the latest full arrays, and a last snapshot of the held batches unless the run broke off."""
+        if not measure:  # the other ranks may be anywhere
+            self._together.leave()
         try:
             self._see_skip()
             self.active = False
             self._activations.discard()
+            self._settle_steps(self._together.finish(self.step))
             if self._sampled_at is not None:
                 step, rows = self._latest or (self._sampled_at, [])
                 due = set(SNAPSHOTS) if self._latest else RARE - self._taken
@@ -287,6 +296,8 @@ class Session:
         if probe not in self._probes:
             return
         self._probes.discard(probe)
+        if not self._probes:  # no step is sampled any more
+            self._together.leave()
         message = f"{probe}: {type(error).__name__}: {error}"
         log.warning("normscope switched a probe off at step %d, %s: %s", self.step, site or "the model", message)
         self.store.event(self.step, "probe-failed", site, message)
@@ -313,12 +324,19 @@ class Session:
         row = self._row
         row["skipped"] = skipped
         row["batch_size"] = row["batch_size"] or self._batch[True] or self._batch[False] or None
-        self._rows[self.step] = self._last_row = row
+        self._last_row = row
+        if self._together.size > 1:
+            self._together.hold(row)
+        else:
+            self._rows[self.step] = row
         self._told, self._telling = self._telling, set()
         try:
+            full = max(len(self._rows), self._together.waiting) >= _FLUSH_STEPS
             if sampled:
                 self._sample()
-            if sampled or len(self._rows) >= _FLUSH_STEPS:
+            elif full:
+                self._settle_steps(self._together.exchange(self.step)[1])
+            if sampled or full:
                 self.flush()
         except Exception as error:  # the run goes on
             for probe in sorted(self._probes):
@@ -328,6 +346,50 @@ class Session:
         self._stream.discard()
         self.step += 1
         self._begin_step()
+
+    # ---- other ranks -----------------------------------------------------------------------------------------------
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the rank that writes the record."""
+        return self._together.writes
+
+    def leave(self) -> None:
+        """Exchange nothing with other ranks any more, as the program is about to end."""
+        self._together.leave()
+
+    def _note(self, message: str) -> None:
+        log.warning("normscope: %s", message)
+        self.store.event(self.step, "note", "", message)
+
+    def _joins(self, measured: Measured) -> bool:
+        """Tell whether a state is that of all ranks: not areas, of which a few are kept, nor a batch taken apart."""
+        apart = measured.probe == "batch" and self._activations.owners[measured.site] not in self._synchronized
+        return measured.probe != "areas" and not apart
+
+    def _exchange(self, offers: Sequence[tuple[str, str, Any, Any]]) -> None:
+        """Replace what this rank has, each with key, kind, container and place in it, by what all ranks have."""
+        items = [Item(key, kind, held[place]) for key, kind, held, place in offers]
+        states, steps = self._together.exchange(self.step, items)
+        self._settle_steps(steps)
+        for (_, _, held, place), state in zip(offers, states, strict=True):
+            held[place] = state
+
+    def _settle_steps(self, steps: Iterable[dict[str, Any]]) -> None:
+        self._rows |= {row["step"]: row for row in steps}
+
+    def _write_again(self, row: dict[str, Any]) -> None:
+        if not self._together.holds(row):
+            self._rows[row["step"]] = row
+
+    def _hold_alone(self, problem: Problem) -> None:
+        """Measure held batches on one rank, where their forward pass needs no other."""
+        self.problem = problem.alone()
+        if self._parameters.sharded or self._synchronized:
+            names = sorted(self._probes & set(SNAPSHOTS))
+            self._probes -= set(names)
+            why = "parameters are sharded" if self._parameters.sharded else "normalization layers are synchronized"
+            self._note(f"problem is not used, as {why}: a forward pass needs every rank. Left out: {', '.join(names)}")
 
     def _see_repeat(self, optimizer: torch.optim.Optimizer) -> None:
         """Say once that steps do not end because another optimizer does not step."""
@@ -348,7 +410,7 @@ class Session:
         if scale is not None and before is not None and scale < before:
             if self._judged_inside and self._last_row is not None and not self._stepped:
                 self._last_row["skipped"] = True
-                self._rows[self._last_row["step"]] = self._last_row
+                self._write_again(self._last_row)
             else:
                 self._end_step(skipped=not self._stepped)
         self._judged_inside = False
@@ -366,7 +428,8 @@ class Session:
             known, covered = list(found.values()), found
         known, covered = self._fly(partial(self._flight.gradients, optimizer, self.step, scale)) or (known, covered)
         held = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-        squares = squared_norm((p.grad for p in held if id(p) not in covered), known)
+        grads = (p.grad for p in held if id(p) not in covered)
+        squares = squared_norm(grads, known, self._parameters.weight)
         if scale is not None:
             squares = [square / scale.to(square.device).square() for square in squares]
         self._squares[id(optimizer)] = squares  # of its last step, where it steps more often than the others
@@ -397,7 +460,7 @@ class Session:
             return
         try:
             self._stream.see_batch(x)
-            if self._forwards and self._activations.after_backward:
+            if self._forwards and self._activations.after_backward and self._together.size == 1:
                 held = (p.grad for o in self._optimizers for group in o.param_groups for p in group["params"])
                 self._stream.see_gradient(squared_norm(g for g in held if g is not None))
         except Exception as error:  # the run goes on
@@ -455,22 +518,37 @@ class Session:
             self._unheard = True
             self._tell_unheard()
         vectors = self._normalization.vectors() if "normalization" in self._probes else {}
-        norms = self._parameters.states()
+        parts = {site for site, vector in vectors.items() if ranks.is_sharded(vector)}
+        vectors |= {site: ranks.spread(vectors[site], ranks.local(vectors[site])) for site in parts}
+        found = self._parameters.states()
         drawn = self._stream.states()
-        tensors = [t for m in measured for t in m.tensors]
-        host = iter(to_host([*tensors, *norms, *vectors.values(), *running.values(), *drawn]))
+        tensors = [t for m in measured for t in m.tensors] + [item.state for item in found]
+        host = iter(to_host([*tensors, *vectors.values(), *running.values(), *drawn]))
         states = on_host(measured, host)
-        values = [next(host) for _ in norms]
-        whole = {site: next(host) for site in vectors}
+        values: list[Any] = [next(host) for _ in found]
+        whole: dict[str, Any] = {site: next(host) for site in vectors}
         kept = {name: next(host) for name in running}
-        rows = self._stream.rows([next(host) for _ in drawn])
+        seen = [next(host) for _ in drawn]
+        if self._together.size > 1:
+            offers: list[tuple[str, str, Any, Any]]
+            offers = [(m.key, m.kind, states, i) for i, m in enumerate(measured) if self._joins(m)]
+            offers += [(item.key, "sum", values, i) for i, item in enumerate(found) if item.sharded]
+            offers += [(site, "sum", whole, site) for site in sorted(parts)]
+            offers += [("batch", "moments", seen, i) for i in range(len(seen))]
+            self._exchange(offers)
+            if not self.writes:
+                return []
+        rows = self._stream.rows(seen)
         for probe in ("moments", "tails"):
             here = [(m, state) for m, state in zip(measured, states, strict=True) if m.probe == probe]
             sites = [(m.site, m.role) for m, _ in here]
-            rows += summary.summarize(probe, sites, [state for _, state in here], self._row["loss_scale"] or 1.0)
+            rows += summary.summarize(probe, sites, [state for _, state in here], self._gradient_scale)
+        whole = {site: vector for site, vector in whole.items() if vector is not None}
         rows += self._parameters.rows(values, {site: v for site, v in whole.items() if v.ndim})
         inputs = {m.site: state for m, state in zip(measured, states, strict=True) if m.probe in ("batch", "areas")}
         self._submit(measured, states)
+        for name in self._synchronized & calls.keys():
+            calls[name].batch *= self._together.size
         rows += self._normalization.rows(inputs, self._activations.owners, kept, calls, whole)
         return summary.joined(rows)
 
@@ -485,9 +563,14 @@ class Session:
     def _submit(self, measured: Sequence[Measured], states: Sequence[np.ndarray]) -> None:
         pairs = zip(measured, states, strict=True)
         found = [(m.site, m.role, state) for m, state in pairs if m.probe == "covariance"]
-        batch, scale = self._row["batch_size"], self._row["loss_scale"]
+        batch = self._row["batch_size"]
         if found:
-            self._factors.submit(self.step, found, None if batch is None else float(batch), scale or 1.0)
+            self._factors.submit(self.step, found, None if batch is None else float(batch), self._gradient_scale)
+
+    @property
+    def _gradient_scale(self) -> float:
+        """What gradients of activations are divided by: the loss of all ranks is the mean of their mean losses."""
+        return (self._row["loss_scale"] or 1.0) * (self._together.size if self._mean else 1)
 
     def _due(self) -> set[str]:
         """Return the snapshots of a sampled step that keeps arrays; weights at rest are looked at but once."""
@@ -497,7 +580,7 @@ class Session:
 
     def _snapshots(self, due: Collection[str], *, ends: bool) -> list[tuple[str, summary.Row]]:
         """Measure the held batches; a snapshot that fails is switched off, the others go on."""
-        if self.problem is None:
+        if self.problem is None or not self.writes:
             return []
         rows: list[tuple[str, summary.Row]] = []
         active, self.active, self._suspended = self.active, False, True

@@ -22,9 +22,10 @@ from normscope.core.errors import ArgumentError, unknown_name
 from normscope.core.site import Site
 from normscope.core.store import Store, check_run, run_exists
 from normscope.linalg.problem import Problem
-from normscope.norms.recognize import find_norms
+from normscope.norms.recognize import class_name, find_norms
 from normscope.probes import parameters, structure
 from normscope.probes.hooks import Hooks
+from normscope.probes.ranks import LostError, Ranks, is_sharded, world
 from normscope.scope.session import ON_REQUEST, PROBES, Session
 
 Layers = str | type[nn.Module] | Iterable[str | type[nn.Module]]
@@ -43,8 +44,9 @@ def watch(
     reduction: str,
     resume: bool = False,
     name: str = "run",
+    size: int = 1,
 ) -> tuple[Session, Hooks, Path | None, str]:
-    """Begin a record and put the hooks on a model; the arguments are those of `attach`.
+    """Begin a record and put the hooks on a model; the arguments are those of `attach`, and the number of ranks.
 
     Returns:
         The session, its hooks, the folder of the record, and a few words on what is watched.
@@ -55,17 +57,19 @@ def watch(
     norms = {name: parts for name, parts in find_norms(model).items() if name in modules}
     owned = {name: p for name, p in parameters.named(model).items() if _owner(name) in modules}
     check_run(run)
-    path = None if run is None else Path(run).resolve()  # the program may change its folder
+    among = Ranks(size, repr((every, reduction, sorted(chosen), list(modules), resume)))
+    path = None if run is None or among.rank else Path(run).resolve()  # the program may change its folder
     before = earlier(path) if resume and path is not None and run_exists(path) else None
     if before is not None:
         _check_same(model, before)
+    begun = _begun(among, before) if resume and size > 1 else before
     facts = {
         "every": every,
         "reduction": reduction,
         "probes": list(chosen),
         "problem": problem is not None,
         "optimizers": [type(optimizer).__name__ for optimizer in optimizers],
-        "model": type(model).__name__,
+        "model": class_name(model),
         "parameters": sum(p.numel() for p in parameters.named(model).values() if not is_lazy(p)),
         "modules": len(modules),
         "norms": len(norms),
@@ -83,10 +87,12 @@ def watch(
         problem=problem,
         scaler=scaler,
         reduction=reduction,
-        earlier=before,
+        earlier=begun,
+        among=among,
     )
     hooks = Hooks(session, model, modules.items(), optimizers)
-    return session, hooks, path, f"{type(model).__name__}, {len(modules)} modules, {len(norms)} norms"
+    said = f"{class_name(model)}, {len(modules)} modules, {len(norms)} norms"
+    return session, hooks, path, said if size == 1 else f"{said}, rank {among.rank} of {size}"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -109,6 +115,46 @@ def unwrapped(model: nn.Module) -> nn.Module:
     wraps = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     inner = model.module if wraps else getattr(model, "_orig_mod", None)
     return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def ranks_of(model: nn.Module) -> int:
+    """Return how many processes train a model together.
+
+    Args:
+        model: a module, wrapped or not.
+
+    Returns:
+        The ranks of DistributedDataParallel or of fully_shard, 1 for another model, and for one of a part of them.
+
+    Raises:
+        ArgumentError: if parameters are sharded over a part of the ranks.
+    """
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        return ranks_of(inner)
+    sharded: list[Any] = [p for p in model.parameters() if is_sharded(p)]
+    meshes = {p.device_mesh.size() for p in sharded}
+    if meshes - {world()}:
+        raise ArgumentError(
+            f"model={type(model).__name__} is sharded over {max(meshes)} of {world()} ranks; call fully_shard with a "
+            "mesh of all of them, or train without normscope."
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        size = torch.distributed.get_world_size(model.process_group)
+        return size if size == world() else 1
+    return max(meshes, default=1)
+
+
+def _begun(among: Ranks, before: Earlier | None) -> Earlier | None:
+    """Return what goes on, as the rank that writes has found it."""
+    try:
+        found = among.told("begun", "" if before is None else f"{before.step} {before.samples}")
+    except LostError:
+        return before
+    if not found or before is not None:
+        return before
+    step, samples = map(int, found.split())
+    return Earlier("", {}, step, samples, {}, {})
 
 
 def _check_reduction(reduction: str) -> None:
@@ -146,13 +192,13 @@ def selected(model: nn.Module, layers: Layers | None = None) -> dict[str, nn.Mod
     roots: set[str] = set()
     for want in wanted:
         if isinstance(want, str):
-            found = {name for name, m in modules.items() if want == type(m).__name__ or fnmatchcase(name, want)}
+            found = {name for name, m in modules.items() if want == class_name(m) or fnmatchcase(name, want)}
         elif isinstance(want, type) and issubclass(want, nn.Module):
             found = {name for name, module in modules.items() if isinstance(module, want)}
         else:
             raise ArgumentError(f"layers={want!r} must be a glob over module paths or a subclass of torch.nn.Module.")
         if not found:
-            options = sorted({*modules, *(type(module).__name__ for module in modules.values())} - {""})
+            options = sorted({*modules, *(class_name(module) for module in modules.values())} - {""})
             raise unknown_name("layers", want, options, "It matches no module; a glob is matched against whole paths.")
         roots |= found
     return {name: module for name, module in modules.items() if any(_below(name, root) for root in roots)}
@@ -175,10 +221,8 @@ def _check_same(model: nn.Module, before: Earlier) -> None:
     described = before.provenance.get("structure")
     classes = {row["module"]: row["class"] for row in described["modules"]} if isinstance(described, dict) else {}
     for name, module in model.named_modules():
-        if classes.get(name, type(module).__name__) != type(module).__name__ and not lazy:
-            raise ArgumentError(
-                f"{said}: {name or 'it'} is {type(module).__name__}, in the run {classes[name]}; {advice}"
-            )
+        if classes.get(name, class_name(module)) != class_name(module) and not lazy:
+            raise ArgumentError(f"{said}: {name or 'it'} is {class_name(module)}, in the run {classes[name]}; {advice}")
     count, known = sum(map(math.prod, mine.values())), before.provenance.get("parameters")
     began_lazy = isinstance(known, int) and sum(map(math.prod, theirs.values())) > known
     if count != known and not began_lazy and not lazy:
