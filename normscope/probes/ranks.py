@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +22,10 @@ import torch.distributed as dist
 from normscope.linalg.ranks import rank
 
 PATIENCE = 60.0  # seconds for which an exchange waits for the others
-_NUMBERS = itertools.count()  # of this process' attachments: the same on every rank, as all attach in the same order
+_NUMBERS = itertools.count()  # of this process' attachments
+_TOGETHER = "together"
+_TOLD = itertools.count()  # of what was told to this process' attachments
+_OPEN: set[int] = set()  # places of those that have not ended: ranks find each other by place
 
 
 class LostError(Exception):
@@ -95,11 +100,13 @@ class Ranks:
         self.patience = PATIENCE
         self._group: Any = None
         self._store: Any = None
+        self._joined = size == 1
         if size > 1:
+            self._place = next(place for place in itertools.count() if place not in _OPEN)
+            _OPEN.add(self._place)
             store = dist.distributed_c10d._get_default_store()
-            prefix = f"normscope/{next(_NUMBERS)}"
-            self._store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
-            self._store.set(f"attached/{self.rank}", settings)
+            self._store = dist.PrefixStore(f"normscope/{self._place}", store)  # type: ignore[attr-defined]
+            self._store.set(f"attached/{self.rank}", f"{next(_NUMBERS)} {settings}")
 
     @property
     def together(self) -> bool:
@@ -114,27 +121,33 @@ class Ranks:
         Raises:
             LostError: if they have not attached, or otherwise, or cannot be reached.
         """
-        if self._store is None:
+        if self._joined:
             return
-        store, self._store = self._store, None
-        keys = [f"attached/{number}" for number in range(self.size)]
+        self._joined = True
         try:
-            missing = [number for number, key in enumerate(keys) if not store.check([key])]
-            differing = not missing and len({store.get(key) for key in keys}) > 1
-            why = f"rank {', '.join(map(str, missing))} has not attached" if missing else "the ranks attach differently"
-            decided = store.compare_set("decided", "", why if missing or differing else "together").decode()
-            if decided == "together":
+            decided, store = self._decided()
+            if decided == _TOGETHER:
                 self._group = dist.ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=self.patience))
         except Exception as error:  # of the store or of the network, in any class
-            raise LostError(str(error)) from error
+            raise LostError(_brief(error)) from error
         if self._group is None:
             raise LostError(decided)
 
-    def told(self, name: str, value: str) -> str:
-        """Return what the writing rank says, for which the others wait.
+    def _decided(self) -> tuple[str, Any]:
+        """Return why the ranks are not together, or that they are, and a store for this attachment alone."""
+        keys = [f"attached/{number}" for number in range(self.size)]
+        said = [self._store.get(key).decode() if self._store.check([key]) else "" for key in keys]
+        numbers, settings = zip(*(text.partition(" ")[::2] for text in said), strict=True)
+        missing = [str(rank) for rank, number in enumerate(numbers) if not number]
+        why = "the ranks attach differently" if len(set(settings)) > 1 else _TOGETHER
+        why = f"rank {', '.join(missing)} has not attached" if missing else why
+        store = dist.PrefixStore("/".join(numbers), self._store)  # type: ignore[attr-defined]
+        return store.compare_set("decided", "", why).decode(), store
+
+    def told(self, value: str) -> str:
+        """Return what the writing rank says, for which the others wait; every rank asks as often as the others.
 
         Args:
-            name: of what.
             value: what this rank would say.
 
         Returns:
@@ -143,6 +156,7 @@ class Ranks:
         Raises:
             LostError: if it says nothing for too long.
         """
+        name = f"told/{next(_TOLD)}"
         try:
             if self.rank == 0:
                 self._store.set(name, value)
@@ -150,12 +164,21 @@ class Ranks:
                 self._store.wait([name], timedelta(seconds=self.patience))
                 value = self._store.get(name).decode()
         except Exception as error:
-            raise LostError(str(error)) from error
+            raise LostError(_brief(error)) from error
         return value
 
     def leave(self) -> None:
         """Be alone from now on; the others notice when they next exchange something."""
-        self._group = self._store = None
+        self._group, self._joined = None, True
+
+    def end(self) -> None:
+        """Leave and take the announcement back."""
+        self.leave()
+        store, self._store = self._store, None
+        if store is not None:
+            _OPEN.discard(self._place)
+            with suppress(Exception):  # the process that holds the store may have gone
+                store.set(f"attached/{self.rank}", "")
 
     def summed(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Sum arrays over the ranks, in one collective.
@@ -204,6 +227,11 @@ class Ranks:
                 self._group.allreduce([flat], options).wait(timedelta(seconds=self.patience))
         except Exception as error:  # a rank that died, or one that did not come
             self.leave()
-            raise LostError(str(error).partition(". This is")[0]) from error
+            raise LostError(_brief(error)) from error
         ends = np.cumsum([a.size for a in arrays])[:-1]
         return [part.reshape(a.shape) for part, a in zip(np.split(flat.numpy(), ends), arrays, strict=True)]
+
+
+def _brief(error: Exception) -> str:
+    """Return what an error of the network says, without where in the source, and without advice for another case."""
+    return re.sub(r"^\[[^\]]*\] ", "", str(error)).partition(". This is")[0]

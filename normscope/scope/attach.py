@@ -14,6 +14,7 @@ from torch import nn
 
 import normscope  # what judges is resolved when asked for: it loads pandas and scipy, training should not
 from normscope.core.errors import ArgumentError
+from normscope.core.table import Findings
 from normscope.linalg.problem import Problem
 from normscope.probes.hooks import Hooks
 from normscope.scope.session import Session
@@ -21,7 +22,6 @@ from normscope.scope.watch import Layers, ranks_of, unwrapped, watch
 
 if TYPE_CHECKING:
     from normscope.core.record import Record
-    from normscope.core.table import Findings
 
 
 class Scope:
@@ -62,8 +62,12 @@ class Scope:
         return self._session.store.record()
 
     def findings(self) -> Findings:
-        """Judge what has been recorded so far: findings, worst first, in a list that prints as a table."""
-        return normscope.diagnose(self.record())
+        """Judge what has been recorded so far: findings, worst first, in a list that prints as a table.
+
+        Returns:
+            The findings; of several ranks the first one has them, the others none.
+        """
+        return normscope.diagnose(self.record()) if self._session.writes else Findings()
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write report.html with its Markdown and JSON twins beside it; of several ranks the first one does.

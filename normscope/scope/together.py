@@ -83,7 +83,7 @@ class Together:
         """Return the steps that still wait, summed if the others answer soon, and leave."""
         self._ranks.patience = LAST_PATIENCE
         rows = self._exchange(step, (), ends=True)[1]
-        self.leave()
+        self._ranks.end()
         return rows
 
     def _exchange(self, step: int, items: Sequence[Item], ends: bool) -> tuple[list[np.ndarray | None], list[Step]]:

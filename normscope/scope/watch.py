@@ -148,7 +148,7 @@ def ranks_of(model: nn.Module) -> int:
 def _begun(among: Ranks, before: Earlier | None) -> Earlier | None:
     """Return what goes on, as the rank that writes has found it."""
     try:
-        found = among.told("begun", "" if before is None else f"{before.step} {before.samples}")
+        found = among.told("" if before is None else f"{before.step} {before.samples}")
     except LostError:
         return before
     if not found or before is not None:

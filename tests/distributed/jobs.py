@@ -1,7 +1,10 @@
 """What the ranks of the tests do."""
 
+import os
+import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -11,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import normscope as ns
-from normscope.probes import ranks
+from normscope.probes import moments, ranks
+from normscope.scope.attach import Scope, attach
 
 
 def exchange(rank, folder):
@@ -40,18 +44,17 @@ def exchange(rank, folder):
 def refusals(rank, folder):
     """Attach on one rank alone, then otherwise on each."""
     said = []
-    for settings in (None if rank else "same", f"every {rank}"):
-        if settings is None:
-            next(ranks._NUMBERS)
-            dist.barrier()
-            said.append("")
-            continue
-        together = ranks.Ranks(2, settings)
+    for settings in (None if rank else "same", f"every {rank}", "same"):
+        together = None if settings is None else ranks.Ranks(2, settings)
         dist.barrier()
         try:
-            together.join()
+            if together is not None:
+                together.join()
+                said.append(together.together)
         except ranks.LostError as lost:
             said.append(str(lost))
+        if together is not None:
+            together.end()
     return said
 
 
@@ -171,3 +174,129 @@ def both(rank, folder, kind, size):
     alike = all(torch.equal(a, b) for a, b in zip(plain, state, strict=True))
     dist.barrier()
     return alike, recorded(scope), sorted(path.name for path in Path(folder).glob("*/*")), repr(scope)
+
+
+# ---- ranks that do not do the same ------------------------------------------------------------------------------------
+
+
+def timed(act, *args, **kwargs):
+    start = time.monotonic()
+    result = act(*args, **kwargs)
+    return result, time.monotonic() - start
+
+
+def branch(rank, folder):
+    """Leave a branch out on the second rank alone, at the second sampled step."""
+
+    def before_step(step, rank, model):
+        model.takes_side = not (rank and step == 2)
+
+    scope, _ = train(rank, folder, "ddp", 2, before_step=before_step)
+    return recorded(scope)
+
+
+def failing(rank, folder):
+    """Let a probe fail on the second rank."""
+
+    def observe(view):
+        raise RuntimeError("of this rank alone")
+
+    with mock.patch("normscope.probes.moments.observe", observe if rank else moments.observe):
+        (scope, state), seconds = timed(train, rank, f"{folder}/failing", "ddp", 2)
+    plain = train(rank, folder, "ddp", 2, attached=False)
+    return recorded(scope), all(torch.equal(a, b) for a, b in zip(plain, state, strict=True)), seconds
+
+
+def uneven(rank, folder):
+    """Give the second rank fewer samples."""
+    model, runs = net("ddp", 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scope = ns.attach(runs, optimizer, run=f"{folder}/uneven", every=1, probes=PROBES)
+    x, y = batch_of(0, 0, 1)
+    x, y = (x[8:], y[8:]) if rank else (x[:8], y[:8])
+    nn.functional.cross_entropy(runs(x), y).backward()
+    optimizer.step()
+    scope.close()
+    return recorded(scope)
+
+
+def first_alone(rank, folder):
+    """Attach on the first rank only; and look at the record in the midst of training on that rank only."""
+    (found, seconds) = timed(train, rank, f"{folder}/alone", "ddp", 2, attached=rank == 0)
+    seen = []
+
+    def before_step(step, rank, model):
+        if step == 3 and rank == 0:
+            seen.append(len(scopes[0].record().context))
+
+    scopes = []
+    with mock.patch("normscope.attach", lambda *a, **k: scopes.append(attach(*a, **k)) or scopes[0]):
+        train(rank, f"{folder}/seen", "ddp", 2, before_step=before_step)
+    return (recorded(found[0]) if rank == 0 else None), seconds, seen
+
+
+def resumed(rank, folder):
+    """Go on with a run."""
+    for steps in (3, 3):
+        scope, _ = train(rank, f"{folder}/resumed", "ddp", 2, steps=steps, resume=True)
+    return recorded(scope)
+
+
+def said(rank, folder):
+    """Judge and report on every rank."""
+    scope, _ = train(rank, f"{folder}/said", "ddp", 2)
+    path = scope.report()
+    return len(scope.findings()), path.exists()
+
+
+SEVERAL = (branch, failing, uneven, first_alone, resumed, said)
+
+
+def unlike(rank, folder):
+    """Run all of these one after the other."""
+    return {job.__name__: job(rank, folder) for job in SEVERAL}
+
+
+# ---- ranks that end ---------------------------------------------------------------------------------------------------
+
+
+def broken(rank, folder, kind, who, how, to):
+    """Train, until a rank is killed or raises at the fourth step; return how the run ended and how long that took."""
+    _, runs = net(kind, 2)
+    optimizer = torch.optim.SGD(runs.parameters(), 0.1)
+    start = time.monotonic()
+    try:
+        with ns.attach(runs, optimizer, run=to, every=2, probes=PROBES) as scope:
+            for step in range(6):
+                x, y = batch_of(step, rank, 2)
+                if step == 3 and rank == who:
+                    start = time.monotonic()
+                    if how == "kill":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    raise ValueError("the data of this rank are broken")
+                nn.functional.cross_entropy(runs(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    except (RuntimeError, ValueError) as error:
+        return type(error).__name__, time.monotonic() - start, recorded(scope)
+    return None
+
+
+def last(rank, folder, kind, how):
+    """Lose the second rank after the last step, before the end of the run."""
+
+    def late(scope):
+        if rank and how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(2.5 if rank else 0.5)
+        close(scope)
+
+    with (
+        mock.patch("normscope.scope.attach.Scope.close", late),
+        mock.patch("normscope.scope.together.LAST_PATIENCE", 1),
+    ):
+        (scope, _), seconds = timed(train, rank, folder, kind, 2, steps=4)
+    return recorded(scope), seconds
+
+
+close = Scope.close
