@@ -384,10 +384,10 @@ class Session:
 
     def _hold_alone(self, problem: Problem) -> None:
         """Measure held batches on one rank, where their forward pass needs no other."""
-        self.problem = problem.alone()
-        if self._parameters.sharded or self._synchronized:
+        apart = not self._parameters.sharded and not self._synchronized
+        self.problem = problem.alone() if apart else None
+        if not apart:
             names = sorted(self._probes & set(SNAPSHOTS))
-            self._probes -= set(names)
             why = "parameters are sharded" if self._parameters.sharded else "normalization layers are synchronized"
             self._note(f"problem is not used, as {why}: a forward pass needs every rank. Left out: {', '.join(names)}")
 

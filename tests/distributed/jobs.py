@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import normscope as ns
+from normscope.norms import build
 from normscope.probes import moments, ranks
 from normscope.scope.attach import Scope, attach
 
@@ -176,7 +177,7 @@ def both(rank, folder, kind, size):
     return alike, recorded(scope), sorted(path.name for path in Path(folder).glob("*/*")), repr(scope)
 
 
-# ---- ranks that do not do the same ------------------------------------------------------------------------------------
+# ---- ranks that do not do the same -----------------------------------------------------------------------------------
 
 
 def timed(act, *args, **kwargs):
@@ -257,7 +258,7 @@ def unlike(rank, folder):
     return {job.__name__: job(rank, folder) for job in SEVERAL}
 
 
-# ---- ranks that end ---------------------------------------------------------------------------------------------------
+# ---- ranks that end --------------------------------------------------------------------------------------------------
 
 
 def broken(rank, folder, kind, who, how, to):
@@ -300,3 +301,39 @@ def last(rank, folder, kind, how):
 
 
 close = Scope.close
+
+
+# ---- statistics that cross the batch ---------------------------------------------------------------------------------
+
+
+def crossing(rank, folder, name, size, synchronized):
+    """Train a model whose normalization mixes samples, with held batches; return what is recorded and its buffers."""
+    torch.manual_seed(0)
+    norm = build(name, 6, process_group="world" if synchronized else None)
+    model = nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Linear(6, 3)).double()
+    runs = nn.parallel.DistributedDataParallel(model) if size > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    draw = torch.Generator().manual_seed(7)
+    batches = [(torch.randn(24, 4, generator=draw, dtype=torch.float64), torch.arange(24) % 3) for _ in range(4)]
+    problem = ns.Problem(runs, nn.functional.cross_entropy, batches[:2]) if size > 1 else None
+    with ns.attach(runs, optimizer, run=f"{folder}/{name}{synchronized}", every=1, problem=problem) as scope:
+        for x, y in batches:
+            nn.functional.cross_entropy(runs(x[rank::size]), y[rank::size]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return recorded(scope), [b.double().numpy().copy() for b in model.buffers()]
+
+
+def norms(rank, folder):
+    """Run normalization layers of both kinds, and sharded parameters with held batches."""
+    found = {(name, s): crossing(rank, folder, name, 2, s) for name in ("bn", "iterative") for s in (True, False)}
+    _, runs = net("fsdp", 2)
+    problem = ns.Problem(runs, nn.functional.cross_entropy, [batch_of(9, 0, 1)])
+    found["fsdp"] = train(rank, folder, "fsdp", 2, problem=None, run=None)[0].record().events["message"].tolist()
+    optimizer = torch.optim.SGD(runs.parameters(), 0.1)
+    with ns.attach(runs, optimizer, problem=problem) as scope:
+        x, y = batch_of(0, rank, 2)
+        nn.functional.cross_entropy(runs(x), y).backward()
+        optimizer.step()
+    found["held"] = recorded(scope)
+    return found
