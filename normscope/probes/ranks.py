@@ -53,6 +53,13 @@ def local(x: torch.Tensor) -> torch.Tensor:
     return held.to_local() if is_sharded(held) else held  # type: ignore[no-any-return]
 
 
+def whole(x: torch.Tensor) -> torch.Tensor | None:
+    """Return a tensor of which this process holds everything, detached; None where the ranks would have to talk."""
+    sharded: Any = x
+    held = not is_sharded(x) or all(placement.is_replicate() for placement in sharded.placements)
+    return local(x) if held else None
+
+
 def share(x: torch.Tensor) -> float:
     """Return one over the number of ranks that hold the same, so that a sum over all of them counts an element once."""
     sharded: Any = x

@@ -17,6 +17,7 @@ from normscope.core.errors import ArgumentError
 from normscope.core.table import Findings
 from normscope.linalg.problem import Problem
 from normscope.probes.hooks import Hooks
+from normscope.probes.ranks import whole
 from normscope.scope.session import Session
 from normscope.scope.watch import Layers, ranks_of, unwrapped, watch
 
@@ -217,7 +218,8 @@ def attach(
 def _number(argument: str, value: Any) -> Any:
     """Return a number, or a copy of a tensor that holds one, which is not waited for."""
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
-        return value.detach().clone()
+        held = whole(value)  # of a norm of shards that was not summed nothing is known
+        return None if held is None else held.clone()
     if value is None or isinstance(value, numbers.Real):
         return value if value is None else float(value)
     raise ArgumentError(f"{argument}={value!r} must be a number or a tensor of one element, or None.")

@@ -386,7 +386,7 @@ class Session:
         """Measure held batches on one rank, where their forward pass needs no other."""
         apart = not self._parameters.sharded and not self._synchronized
         self.problem = problem.alone() if apart else None
-        if not apart:
+        if not apart and self.writes:
             names = sorted(self._probes & set(SNAPSHOTS))
             why = "parameters are sharded" if self._parameters.sharded else "normalization layers are synchronized"
             self._note(f"problem is not used, as {why}: a forward pass needs every rank. Left out: {', '.join(names)}")

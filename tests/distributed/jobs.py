@@ -139,10 +139,11 @@ def train(rank, folder, kind, size, *, attached=True, steps=5, before_step=None,
             before_step(step, rank, model)
         loss = nn.functional.cross_entropy(runs(x), y)
         loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])  # a DTensor where parameters are
         optimizer.step()
         optimizer.zero_grad()
         if scope is not None:
-            scope.step(loss=loss)
+            scope.step(loss=loss, grad_norm=norm if step % 2 else None)
     state = [ranks.local(t).clone() for t in (*model.parameters(), *(m["momentum_buffer"] for m in states(optimizer)))]
     if scope is None:
         return state
@@ -250,7 +251,31 @@ def said(rank, folder):
     return len(scope.findings()), path.exists()
 
 
-SEVERAL = (branch, failing, uneven, first_alone, resumed, said)
+def two_models(rank, folder):
+    """Attach to two models at once, as an adversarial pair; count the collectives of each step."""
+    counts, reduce = [0], ranks.Ranks._reduced
+
+    def counted(self, arrays, kind):
+        counts[-1] += any(a.size for a in arrays)
+        return reduce(self, arrays, kind)
+
+    pair = [net("ddp", 2)[1] for _ in range(2)]
+    optimizers = [torch.optim.SGD(runs.parameters(), 0.1) for runs in pair]
+    with mock.patch.object(ranks.Ranks, "_reduced", counted):
+        first, second = (ns.attach(r, o, every=3, probes=PROBES) for r, o in zip(pair, optimizers, strict=True))
+        with first, second:
+            for step in range(5):
+                counts.append(0)
+                x, y = batch_of(step, rank, 2)
+                for runs, optimizer in zip(pair, optimizers, strict=True):
+                    nn.functional.cross_entropy(runs(x), y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            counts.append(0)
+    return counts, recorded(first), recorded(second)
+
+
+SEVERAL = (branch, failing, uneven, first_alone, resumed, said, two_models)
 
 
 def unlike(rank, folder):

@@ -71,6 +71,15 @@ def test_the_first_rank_judges_and_reports(found):
     assert found[1]["said"] == (0, False)
 
 
+def test_two_models_are_kept_apart_and_only_sampled_steps_exchange_anything(found):
+    for rank in range(2):
+        counts, first, second = found[rank]["two_models"]
+        assert counts == [0, 8, 0, 0, 8, 0, 4]  # of each model: what all have, two sums and the maxima; at the end two
+        assert first[3] == second[3] == []
+        if rank == 0:
+            assert first[2][:, 1].tolist() == second[2][:, 1].tolist() == [12] * 5
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("who", "how"), [(0, "raise"), (1, "raise"), (0, "kill"), (1, "kill")])
 def test_a_run_in_which_a_rank_ends_is_readable(kind, who, how, tmp_path):
