@@ -143,7 +143,7 @@ def train(rank, folder, kind, size, *, attached=True, steps=5, before_step=None,
         optimizer.step()
         optimizer.zero_grad()
         if scope is not None:
-            scope.step(loss=loss, grad_norm=norm if step % 2 else None)
+            scope.step(loss=loss, grad_norm=None if step % 2 else norm)
     state = [ranks.local(t).clone() for t in (*model.parameters(), *(m["momentum_buffer"] for m in states(optimizer)))]
     if scope is None:
         return state
