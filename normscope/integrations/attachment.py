@@ -14,6 +14,7 @@ from normscope.core.errors import unknown_name
 from normscope.core.finding import Finding
 from normscope.core.record import Record
 from normscope.scope.attach import Scope, attach
+from normscope.scope.watch import ranks_of
 
 _OURS = ("model", "optimizer", "run", "resume")
 
@@ -47,10 +48,26 @@ class Attachment:
         self.scope: Scope | None = None
 
     def begin(
-        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, resumed: bool, scaler: Any = None
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        first: bool,
+        resumed: bool,
+        scaler: Any = None,
     ) -> None:
-        """Attach; a training that was resumed from a checkpoint goes on with the record that the folder holds."""
+        """Attach; a training that was resumed from a checkpoint goes on with the record that the folder holds.
+
+        Args:
+            model: the model, in the wrapper of data parallelism where it is known.
+            optimizers: its optimizers.
+            first: whether this is the first of several processes; the others attach to a parallel model alone.
+            resumed: whether the training was resumed.
+            scaler: the gradient scaler, or None.
+        """
         self.end()
+        if not first and ranks_of(model) == 1:
+            return
         settings = {"scaler": scaler, **self.settings}
         self.scope = attach(model, optimizers, run=self.run, resume=resumed and self.run is not None, **settings)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from normscope.integrations.attachment import Attachment, Sink
 from normscope.scope.attach import Scope
@@ -22,7 +23,7 @@ class NormscopeCallback(Callback):  # type: ignore[misc]  # Lightning is no depe
 
     A fit that continues from a checkpoint (`trainer.fit(..., ckpt_path=)`) goes on with the record of `run`. The loss
     is that of the step, the mean where gradients are accumulated; the gradient scaler is the trainer's. Of several
-    processes the first one records.
+    processes the first one records, what all have measured.
 
     Args:
         run: folder of the record; None keeps it in memory.
@@ -49,10 +50,14 @@ class NormscopeCallback(Callback):  # type: ignore[misc]  # Lightning is no depe
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach: checkpoints are restored and optimizers made."""
-        if trainer.is_global_zero:
-            self._loss, self._step = None, trainer.global_step
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            self._attachment.begin(pl_module, trainer.optimizers, resumed=trainer.global_step > 0, scaler=scaler)
+        self._loss, self._step = None, trainer.global_step
+        self._attachment.begin(
+            trainer.model if isinstance(trainer.model, DistributedDataParallel) else pl_module,
+            trainer.optimizers,
+            first=trainer.is_global_zero,
+            resumed=trainer.global_step > 0,
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+        )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Tell the loss of a step when it has been taken: the sum over its batches, each divided by their number."""

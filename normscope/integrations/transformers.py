@@ -17,7 +17,8 @@ class NormscopeCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
 
     A training that continues from a checkpoint (`trainer.train(resume_from_checkpoint=)`) goes on with the record of
     `run`. The Trainer tells its loss every `logging_steps` steps, as their mean, and the gradient norm before clipping:
-    with `logging_steps=1` the record has both of every step. Of several processes the first one records.
+    with `logging_steps=1` the record has both of every step. Of several processes the first one records:
+    what all have measured where parameters are sharded, else its own share, as the Trainer hides its wrapper.
 
     Args:
         run: folder of the record; None keeps it in memory.
@@ -42,8 +43,12 @@ class NormscopeCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach: checkpoints are loaded and the optimizer made."""
-        if state.is_world_process_zero:
-            self._attachment.begin(kwargs["model"], (kwargs["optimizer"],), resumed=state.global_step > 0)
+        self._attachment.begin(
+            kwargs["model"],
+            (kwargs["optimizer"],),
+            first=state.is_world_process_zero,
+            resumed=state.global_step > 0,
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Tell the loss and the gradient norm that the Trainer logs of its steps."""
