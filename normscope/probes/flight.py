@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from normscope.core.schedule import FLIGHT, RING
 from normscope.core.store import Layer
-from normscope.probes import optimizers
+from normscope.probes import optimizers, ranks
 from normscope.probes.parameters import dense_values, sum_dtype
 from normscope.probes.transfer import to_host
 
@@ -42,11 +42,13 @@ class FlightStep(NamedTuple):
         step: index of the step.
         layout: site, phase, role and statistics, in the order of `values`.
         values: [n] float64; NaN what was not measured, infinite what was not finite.
+        weights: [n]; the squares of the values of all ranks, times these, add up to the square of the whole.
     """
 
     step: int
     layout: tuple[Layer, ...]
     values: np.ndarray
+    weights: np.ndarray
 
 
 class Flight:
@@ -113,7 +115,8 @@ class Flight:
             having = [i for i, p in enumerate(part.parameters) if p.grad is not None]
             norms = part.norms([dense_values(g) for i in having if (g := part.parameters[i].grad) is not None])
             if norms is not None:
-                squares.append(norms.square().sum())
+                square = norms.square()
+                squares.append((square if part.shares is None else square * part.shares[having]).sum())
                 covered |= {id(part.parameters[i]) for i in having}
                 norms = norms if scale is None else norms / scale.to(norms.device)
             part.write(step, 0, having, norms)
@@ -146,7 +149,8 @@ class Flight:
             layout: list[Layer] = [(site, FLIGHT, "value", ("lr",)) for site in lrs]
             layout += [layer for part in here for layer in part.layout]
             numbers = [np.array(list(lrs.values()), float), *(tables[id(part)][i] for part in here)]
-            taken.append(FlightStep(step, tuple(layout), np.concatenate(numbers)))
+            weights = [np.full(len(lrs), 1 / ranks.world()), *(part.weights.T.ravel() for part in here)]
+            taken.append(FlightStep(step, tuple(layout), np.concatenate(numbers), np.concatenate(weights)))
         return taken
 
     def _mine(self, optimizer: torch.optim.Optimizer) -> list[_Part]:
@@ -160,6 +164,19 @@ class Flight:
         return [_Part(some, [self._site(self._names[id(p)]) for p in some]) for some in alike.values()]
 
 
+def squares(steps: Sequence[FlightStep]) -> np.ndarray:
+    """Return what adds up over ranks of some steps, flat."""
+    parts = [np.square(item.values) * item.weights for item in steps]
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def rooted(steps: Sequence[FlightStep], sums: np.ndarray) -> list[FlightStep]:
+    """Return the steps with the values of all ranks, from the sums of their `squares`."""
+    ends = np.cumsum([len(item.values) for item in steps])
+    parts = np.split(np.sqrt(sums), ends[:-1])
+    return [item._replace(values=values) for item, values in zip(steps, parts, strict=True)]
+
+
 class _Part:
     """The tensors of one optimizer on one device and of one type, and their ring [RING, quantities, tensors]."""
 
@@ -169,7 +186,13 @@ class _Part:
         self.ring = torch.empty(RING, _QUANTITIES, len(parameters), device=self.device)
         self.before = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in self.seen]
         self.entries = np.array([max(x.numel(), 1) for x in self.before], float)
-        self.whole = np.array([max(local(p).numel(), 1) for p in parameters], float)
+        held = np.array([ranks.local(p).numel() for p in parameters], float)
+        self.stretch = np.sqrt(np.maximum(held, 1) / self.entries)
+        shares, sizes = [ranks.share(p) for p in parameters], [max(p.numel(), 1) for p in parameters]
+        self.weights = np.tile(np.array(shares), (_QUANTITIES, 1))
+        self.weights[1] *= held / np.array(sizes)  # a mean: of the parts of a tensor each counts as it is large
+        sharded = any(ranks.is_sharded(p) for p in parameters)
+        self.shares = torch.tensor(shares, device=self.device) if sharded else None
 
     @property
     def seen(self) -> list[torch.Tensor]:
@@ -198,7 +221,7 @@ class _Part:
         """Return rows [k, quantities, tensors] as [k, tensors * quantities], those of the sample as of all entries."""
         rows = np.where(rows == _ABSENT, np.nan, np.where(np.isfinite(rows), rows, np.inf))
         rows[:, 1] /= np.sqrt(self.entries)
-        rows[:, 2:] *= np.sqrt(self.whole / self.entries)
+        rows[:, 2:] *= self.stretch
         return rows.transpose(0, 2, 1).reshape(len(rows), -1)
 
 
@@ -247,15 +270,9 @@ def _rms_t(part: _Part, known: Sequence[_Moment], scale: torch.Tensor | None) ->
     return norms if scale is None else norms / scale.to(part.device)
 
 
-def local(x: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a tensor."""
-    part: torch.Tensor = x.to_local() if hasattr(x, "to_local") else x
-    return part.detach()
-
-
 def thin(x: torch.Tensor) -> torch.Tensor:
     """Return every k-th row (first index) of a tensor, so that about `SAMPLE` entries are left; a view."""
-    x = local(x)
+    x = ranks.local(x)
     stride = -(-x.numel() // SAMPLE)
     return x[::stride] if stride > 1 else x
 

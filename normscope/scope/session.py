@@ -19,10 +19,10 @@ from normscope.core.site import Site
 from normscope.core.store import Store
 from normscope.linalg.problem import Problem
 from normscope.norms.recognize import NormParts
-from normscope.probes import hooks, layout, optimizers, ranks, structure, summary
+from normscope.probes import flight, hooks, layout, optimizers, ranks, structure, summary
 from normscope.probes.activations import Activations, Measured, on_host
 from normscope.probes.factors import Factors
-from normscope.probes.flight import Flight
+from normscope.probes.flight import Flight, FlightStep
 from normscope.probes.joining import Item
 from normscope.probes.normalization import MAX_CHANNELS, Normalization
 from normscope.probes.parameters import Parameters, squared_norm
@@ -125,6 +125,7 @@ class Session:
         self._scale = self._loss_scale()
         self.step = 0 if earlier is None else earlier.step
         self._trigger = Trigger(self.step)
+        self._flown: list[FlightStep] = []  # steps of the flight recorder that wait to be written
         self.active = False
         self._synchronized = {name for name in norms if structure.is_synchronized(modules[name])}
         self._together = together.Together(among or Ranks(), self._parameters.sharded, self._note)
@@ -237,11 +238,12 @@ class Session:
         """Write what waits; a full disk is reported once and tried again at the next sampled step."""
         rows, self._rows = list(self._rows.values()), {}
         together.on_host(rows)
+        flown, self._flown = [*self._flown, *(self._fly(self._flight.take) or ())], []
         if not self.writes:
             self.store.drop_waiting()
             return
-        for step, keys, values in self._fly(self._flight.take) or ():
-            self.store.series(step, keys, values)
+        for item in flown:
+            self.store.series(item.step, item.layout, item.values)
         for row in rows:
             told = {name: optimizers.known(value) for name, value in row.items()}
             self.store.step(told)
@@ -268,7 +270,7 @@ class Session:
             self._see_skip()
             self.active = False
             self._activations.discard()
-            self._settle_steps(self._together.finish(self.step))
+            self._exchange((), ends=True)
             if self._sampled_at is not None:
                 step, rows = self._latest or (self._sampled_at, [])
                 due = set(SNAPSHOTS) if self._latest else RARE - self._taken
@@ -335,7 +337,7 @@ class Session:
             if sampled:
                 self._sample()
             elif full:
-                self._settle_steps(self._together.exchange(self.step)[1])
+                self._exchange(())
             if sampled or full:
                 self.flush()
         except Exception as error:  # the run goes on
@@ -367,13 +369,18 @@ class Session:
         apart = measured.probe == "batch" and self._activations.owners[measured.site] not in self._synchronized
         return measured.probe != "areas" and not apart
 
-    def _exchange(self, offers: Sequence[tuple[str, str, Any, Any]]) -> None:
+    def _exchange(self, offers: Sequence[tuple[str, str, Any, Any]], *, ends: bool = False) -> None:
         """Replace what this rank has, each with key, kind, container and place in it, by what all ranks have."""
+        taken = (self._fly(self._flight.take) or []) if self._parameters.sharded else []
+        sums: list[np.ndarray | None] = [flight.squares(taken)]
+        offers = [*offers, ("flight", "sum", sums, 0)] if self._parameters.sharded else offers
         items = [Item(key, kind, held[place]) for key, kind, held, place in offers]
-        states, steps = self._together.exchange(self.step, items)
+        states, steps = (self._together.finish if ends else self._together.exchange)(self.step, items)
         self._settle_steps(steps)
         for (_, _, held, place), state in zip(offers, states, strict=True):
             held[place] = state
+        if taken and sums[0] is not None:
+            self._flown += flight.rooted(taken, sums[0])
 
     def _settle_steps(self, steps: Iterable[dict[str, Any]]) -> None:
         self._rows |= {row["step"]: row for row in steps}

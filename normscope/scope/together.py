@@ -79,12 +79,12 @@ class Together:
         """
         return self._exchange(step, items, ends=False)
 
-    def finish(self, step: int) -> list[Step]:
-        """Return the steps that still wait, summed if the others answer soon, and leave."""
+    def finish(self, step: int, items: Sequence[Item] = ()) -> tuple[list[np.ndarray | None], list[Step]]:
+        """Exchange what still waits, as `exchange` does, if the others answer soon, and leave."""
         self._ranks.patience = LAST_PATIENCE
-        rows = self._exchange(step, (), ends=True)[1]
+        found = self._exchange(step, items, ends=True)
         self._ranks.end()
-        return rows
+        return found
 
     def _exchange(self, step: int, items: Sequence[Item], ends: bool) -> tuple[list[np.ndarray | None], list[Step]]:
         rows, self._waiting = self._waiting, []

@@ -38,7 +38,7 @@ def test_layers_taken_apart_are_those_of_the_first_rank_and_their_outputs_those_
 @pytest.mark.parametrize("name", NAMES)
 def test_held_batches_are_run_on_the_first_rank_where_no_other_is_needed(name, found):
     (values, _, _, messages), _ = found[0][name, False]
-    assert {phase for _, _, phase, *_ in values} == {"train", "batch", "population", "noise"}
+    assert {phase for _, _, phase, *_ in values} == {"train", "batch", "population", "noise", "flight"}
     assert messages == []
     assert found[1][name, False][0][0] == {}
 
