@@ -228,6 +228,14 @@ FURTHER: tuple[Source, ...] = (
     ),
     Source("chowdhery2022", "PaLM: Scaling Language Modeling with Pathways", 2022, f"{_ARXIV}2204.02311"),
     Source("dixit2021", "Silent Data Corruptions at Scale", 2021, f"{_ARXIV}2102.11245"),
+    Source(
+        "zhai2023",
+        "Stabilizing Transformer Training by Preventing Attention Entropy Collapse",
+        2023,
+        f"{_ARXIV}2303.06296",
+    ),
+    Source("dehghani2023", "Scaling Vision Transformers to 22 Billion Parameters", 2023, f"{_ARXIV}2302.05442"),
+    Source("kimi2025", "Kimi K2: Open Agentic Intelligence", 2025, f"{_ARXIV}2507.20534"),
     Source("sun2024", "Massive Activations in Large Language Models", 2024, f"{_ARXIV}2402.17762"),
     Source(
         "pan2018",

@@ -12,6 +12,7 @@ from normscope.core.finding import Finding, Verdict, worst_first
 from normscope.core.record import Record
 from normscope.core.table import Findings
 from normscope.diagnostics import (
+    attention,
     conditioning,
     curvature,
     mismatch,
@@ -64,6 +65,9 @@ DIAGNOSTICS: tuple[Diagnostic, ...] = (
     propagation.non_finite,
     propagation.outlier_channels,
     propagation.eps_dominates,
+    attention.logits_grow,
+    attention.entropy_collapse,
+    attention.output_logits,
     conditioning.ill_conditioned_inputs,
     conditioning.ill_conditioned_gradients,
     conditioning.curvature_dominated,

@@ -65,6 +65,9 @@ INFLATED = (
     "curvature.negative",
     "curvature.outliers",
     "propagation.outlier-channels",
+    "attention.logits-grow",
+    "attention.entropy-collapse",
+    "attention.output-logits",
 )
 SPIKES = tuple(
     f"spikes.{kind}"
@@ -104,6 +107,7 @@ CAUSES: tuple[Cause, ...] = (
     Cause("mismatch.updated-twice", STATISTICS),
     Cause("mismatch.momentum", STATISTICS),
     Cause("training.learning-rate", (*LONG_STEPS, "scale.gain-collapse")),
+    Cause("attention.logits-grow", ("attention.entropy-collapse", *BROKEN)),
     Cause("training.decay", ("scale.effective-rate", "scale.gain-collapse", *SILENT, *CONDITIONING)),
     Cause("scale.gain-collapse", (*SILENT, *CONDITIONING)),
     Cause("propagation.dead-units", (*SILENT, *CONDITIONING)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normscope.core.figure import Figure
-from normscope.figures import conditioning, curvature, mismatch, noise, propagation, run, scale, spikes
+from normscope.figures import attention, conditioning, curvature, mismatch, noise, propagation, run, scale, spikes
 
 FIGURES: tuple[Figure, ...] = (
     propagation.SIGNAL,
@@ -14,6 +14,10 @@ FIGURES: tuple[Figure, ...] = (
     propagation.SATURATED,
     propagation.OUTLIERS,
     propagation.EPS_WEIGHT,
+    attention.LOGITS,
+    attention.HEADS,
+    attention.ENTROPIES,
+    attention.LEVEL,
     conditioning.KAPPA,
     conditioning.GRADIENT,
     conditioning.CURVATURE,
@@ -51,6 +55,7 @@ FIGURES: tuple[Figure, ...] = (
 # what the page shows of a subject whatever was found
 OVERVIEW: tuple[tuple[str, tuple[Figure, ...]], ...] = (
     ("Propagation", (propagation.SIGNAL, propagation.GRADIENT)),
+    ("Attention", (attention.LOGITS, attention.HEADS, attention.ENTROPIES, attention.LEVEL)),
     (
         "Conditioning",
         (

@@ -50,7 +50,7 @@ _SIZE = (Stat("rms", "rms", "log"), Stat("max", "largest magnitude", "log"))
 _BROKEN = Stat("nonfinite", "channels with NaN or infinity", "linear")
 _MEAN, _VAR = Stat("mean", "mean", "signed"), Stat("var", "variance", "log")
 _NORM = Stat("norm", "norm", "log")
-_NOT_PARAMETERS = ("output*", "input", "running")
+_NOT_PARAMETERS = ("output*", "input", "running", "attention", "logits")
 
 QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
@@ -70,6 +70,16 @@ QUANTITIES: tuple[Quantity, ...] = (
     ),
     Quantity("gradients of activations", ("output*",), "gradient", (*_SIZE, _BROKEN)),
     Quantity("input of norms", ("input",), "value", (_VAR, _MEAN, Stat("eps_weight", "share of eps", "linear"))),
+    Quantity(
+        "attention",
+        ("attention",),
+        "value",
+        (
+            Stat("logit", "largest logit of a head, mean over heads", "log"),
+            Stat("entropy", "entropy over its largest value", "linear"),
+            Stat("ceiling", "largest logit that queries and keys allow", "log"),
+        ),
+    ),
     Quantity(
         "running statistics",
         ("running",),

@@ -21,6 +21,7 @@ from normscope.linalg.problem import Problem
 from normscope.norms.recognize import NormParts
 from normscope.probes import flight, hooks, layout, optimizers, ranks, structure, summary
 from normscope.probes.activations import Activations, Measured, on_host
+from normscope.probes.attention import Attention
 from normscope.probes.factors import Factors
 from normscope.probes.flight import Flight, FlightStep
 from normscope.probes.joining import Item
@@ -35,10 +36,14 @@ from normscope.scope.trigger import Trigger
 
 log = logging.getLogger("normscope")
 
-PROBES = ("moments", "tails", "parameters", "flight", "normalization", "covariance", *SNAPSHOTS)
+PROBES = (
+    *("moments", "tails", "parameters", "flight", "normalization", "attention", "covariance"),
+    *SNAPSHOTS,
+)
 ON_REQUEST = ("correlation", "patches")  # beside "covariance": d^2 values a layer; k^2 times as many features
 SUBJECTS: Mapping[str, tuple[str, ...]] = {  # in the order in which they are told, with their probes
     "propagation": ("moments", "tails", "normalization"),
+    "attention": ("attention", "normalization"),
     "conditioning": ("covariance",),
     "curvature": ("curvature",),
     "scale": ("parameters", "invariance"),
@@ -99,6 +104,7 @@ class Session:
         self._activations = Activations(
             norms, self._probes, self._factors, self._on_site, self.fail, self._begin_backward
         )
+        self._attention = Attention(modules, self._probes, self._on_site, self.fail)
         self._parameters = Parameters(named, self._optimizers, self._on_site)
         self._flight = Flight(named, self._optimizers, self._parameters.site)
         self._normalization = Normalization(norms, modules, self._on_site)
@@ -164,6 +170,7 @@ class Session:
             self._activations.forward(name, module, args, kwargs, output)
         except Exception as error:  # the run goes on
             self.fail("moments", name, error)
+        self._attention.forward(name, module, args, kwargs, output)
 
     def before_step(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
         """Read settings and gradients, copy weights; with a closure gradients are read afterwards."""
@@ -344,6 +351,7 @@ class Session:
             for probe in sorted(self._probes):
                 self.fail(probe, "", error)
         self._activations.discard()
+        self._attention.discard()
         self._parameters.discard()
         self._stream.discard()
         self.step += 1
@@ -528,14 +536,15 @@ class Session:
         parts = {site for site, vector in vectors.items() if ranks.is_sharded(vector)}
         vectors |= {site: ranks.spread(vectors[site], ranks.local(vectors[site])) for site in parts}
         found = self._parameters.states()
-        drawn = self._stream.states()
+        drawn, attended = self._stream.states(), self._attention.states()
         tensors = [t for m in measured for t in m.tensors] + [item.state for item in found]
-        host = iter(to_host([*tensors, *vectors.values(), *running.values(), *drawn]))
+        host = iter(to_host([*tensors, *vectors.values(), *running.values(), *drawn, *attended]))
         states = on_host(measured, host)
         values: list[Any] = [next(host) for _ in found]
         whole: dict[str, Any] = {site: next(host) for site in vectors}
         kept = {name: next(host) for name in running}
         seen = [next(host) for _ in drawn]
+        scores = [next(host) for _ in attended]
         if self._together.size > 1:
             offers: list[tuple[str, str, Any, Any]]
             offers = [(m.key, m.kind, states, i) for i, m in enumerate(measured) if self._joins(m)]
@@ -545,7 +554,7 @@ class Session:
             self._exchange(offers)
             if not self.writes:
                 return []
-        rows = self._stream.rows(seen)
+        rows = self._stream.rows(seen) + self._attention.rows(scores)
         for probe in ("moments", "tails"):
             here = [(m, state) for m, state in zip(measured, states, strict=True) if m.probe == probe]
             sites = [(m.site, m.role) for m, _ in here]

@@ -11,6 +11,7 @@ from normscope.core.record import Record, join
 from normscope.core.source import cite
 from normscope.diagnostics import (
     DIAGNOSTICS,
+    attention,
     conditioning,
     curvature,
     diagnose,
@@ -30,6 +31,7 @@ from tests.metrics.records import Network, at, over_depth
 RULES = [
     rule
     for module in (
+        attention,
         conditioning,
         curvature,
         mismatch,

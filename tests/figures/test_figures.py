@@ -27,6 +27,9 @@ ILLUSTRATED = [
     "propagation.non-finite",
     "propagation.outlier-channels",
     "propagation.eps-dominates",
+    "attention.logits-grow",
+    "attention.entropy-collapse",
+    "attention.output-logits",
     "conditioning.ill-conditioned-inputs",
     "conditioning.ill-conditioned-gradients",
     "conditioning.curvature-dominated",
@@ -75,9 +78,10 @@ def test_a_figure_prepares_the_columns_it_declares(figure, record):
     )
     frame = figure.prepare(record, sites)
     assert tuple(frame.columns) == figure.columns
-    # no activation of this network is bounded, and its record has no second moments or curvature: see test_conditioning
-    # and test_curvature
-    assert len(frame) or figure.id == "propagation.saturation" or figure.id.startswith(("conditioning.", "curvature."))
+    # no activation of this network is bounded, and its record has no attention, second moments or curvature: see
+    # tests/diagnostics/test_attention, test_conditioning and test_curvature
+    elsewhere = ("attention.", "conditioning.", "curvature.")
+    assert len(frame) or figure.id == "propagation.saturation" or figure.id.startswith(elsewhere)
     measured = frame[~frame[figure.columns[2]].isin(figure.rules)]
     assert measured[figure.columns[1]].dtype == float or not len(frame)
     assert measured[figure.columns[2]].nunique() - len(figure.references) <= 4

@@ -14,12 +14,24 @@ from normscope.report.page import page
 from normscope.scope.session import PROBES
 
 
+class Attends(nn.Module):
+    """Attention over three parts of a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        parts = x.unflatten(1, (3, 4))
+        return (parts + self.attend(parts, parts, parts, need_weights=False)[0]).flatten(1)
+
+
 @pytest.fixture(scope="module")
 def trained():
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     layers = [m for _ in range(3) for m in (nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU())]
-    model = nn.Sequential(*layers, nn.Linear(12, 3))
+    model = nn.Sequential(*layers, Attends(), nn.Linear(12, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
 
     def batch(size):
