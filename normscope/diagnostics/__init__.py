@@ -64,6 +64,7 @@ DIAGNOSTICS: tuple[Diagnostic, ...] = (
     propagation.saturated_units,
     propagation.non_finite,
     propagation.outlier_channels,
+    propagation.massive_activations,
     propagation.eps_dominates,
     attention.logits_grow,
     attention.entropy_collapse,

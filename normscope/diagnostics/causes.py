@@ -65,6 +65,7 @@ INFLATED = (
     "curvature.negative",
     "curvature.outliers",
     "propagation.outlier-channels",
+    "propagation.massive-activations",
     "attention.logits-grow",
     "attention.entropy-collapse",
     "attention.output-logits",

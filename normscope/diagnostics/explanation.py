@@ -77,6 +77,7 @@ COMPARED: Mapping[str, str] = {
     "propagation.saturated-units": "fraction of values within 1 % of the ends of the range",
     "propagation.non-finite": "channels that hold NaN or infinity",
     "propagation.outlier-channels": "rms of the largest channel over that of the median one",
+    "propagation.massive-activations": "largest magnitude at the input of a norm, which is also 1000 times the median",
     "propagation.eps-dominates": "share of eps in variance + eps, in the median channel or token",
     "attention.logits-grow": "largest attention logit of a head",
     "attention.entropy-collapse": "entropy of the median head of a layer over its largest value",

@@ -15,7 +15,7 @@ from normscope.diagnostics.depth import FACTOR, FACTOR_SOURCE, SEVERE_FACTOR, ov
 from normscope.diagnostics.rule import Rule
 from normscope.diagnostics.words import count
 from normscope.metrics import propagation as metrics
-from normscope.metrics import run, tables, training
+from normscope.metrics import run, tables, tokens, training
 
 # origin of each threshold: the `threshold_source` of the rule that uses it
 DEAD = 0.5  # fraction of channels that never fire
@@ -24,6 +24,8 @@ SATURATED = 0.5  # fraction of values at the ends of the range, in most hidden a
 FULLY_SATURATED = 0.9  # the same in one
 OUTLIER = 100.0  # rms of a channel over that of the median channel
 PEAK = 1000.0  # largest value over the median channel's rms
+MASSIVE = 100.0  # magnitude of a value
+MASSIVE_RATIO = 1000.0  # the same over the median magnitude
 EPS_WEIGHT = 0.5  # fraction of the denominator that is eps
 EPS_NOTICEABLE = 0.1
 STREAK = 25  # skipped steps in a row: halved as often, a scale of 2^16 is 2^-9
@@ -107,6 +109,16 @@ OUTLIER_CHANNELS = Rule(
     "another scale.",
     remedy="Check the scale of the inputs and of the weights of these channels; for 8-bit inference keep these "
     "channels in higher precision.",
+)
+MASSIVE_ACTIVATIONS = Rule(
+    id="propagation.massive-activations",
+    threshold=MASSIVE,
+    threshold_source="sun2024",
+    source="sun2024",
+    cause="A few tokens, often the first, carry huge values in fixed channels of the residual stream, which attention "
+    "uses as a bias; usual in trained language models.",
+    remedy="Nothing for training; for inference in 8 bits keep these channels in higher precision, and do not round "
+    "the stream to float16, which ends at 65504.",
 )
 EPS_DOMINATES = Rule(
     id="propagation.eps-dominates",
@@ -350,6 +362,38 @@ def outlier_channels(record: Record) -> list[Finding]:
         if attends
         else None,
         remedy="For 8-bit inference keep these channels in higher precision; training can go on." if attends else None,
+    )
+
+
+def massive_activations(record: Record) -> list[Finding]:
+    """Judge whether single tokens carry values far beyond all others at the inputs of norms: a note.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        One finding, none where no tokens enter a layer or RMS norm, or where the run ends broken.
+    """
+    frame = tokens.peaks(record)
+    if not len(frame) or run.ending(record) is not None:
+        return []
+    beyond = frame[(frame["value"].abs() > MASSIVE) & (frame["ratio"] > MASSIVE_RATIO)]
+    top = (beyond if len(beyond) else frame).iloc[0]
+    evidence = {name: float(top[name]) for name in ("value", "ratio")} | {n: int(top[n]) for n in ("token", "channel")}
+    said = (
+        f"{top['site']}: the largest value is {top['value']:.4g} (threshold {MASSIVE:g}), {top['ratio']:.3g} times the "
+    )
+    said += f"median (threshold {MASSIVE_RATIO:g}), at token {top['token']} in channel {top['channel']}"
+    if not len(beyond):
+        return MASSIVE_ACTIVATIONS.ok(f"{said}.", evidence)
+    places = ", ".join(f"({t}, {c})" for t, c in dict.fromkeys(zip(beyond["token"], beyond["channel"], strict=True)))
+    sites = list(dict.fromkeys(map(str, beyond["site"])))
+    return MASSIVE_ACTIVATIONS.found(
+        Verdict.NOTE,
+        f"{said}; beyond both at {count(len(sites), 'norm')}, (token, channel) {places}.",
+        sites=sites,
+        step=int(top["step"]),
+        evidence=evidence | {"sites_beyond": len(sites), "places": places},
     )
 
 

@@ -13,6 +13,7 @@ FIGURES: tuple[Figure, ...] = (
     propagation.DEAD,
     propagation.SATURATED,
     propagation.OUTLIERS,
+    propagation.PEAKS,
     propagation.EPS_WEIGHT,
     attention.LOGITS,
     attention.HEADS,

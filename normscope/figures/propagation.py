@@ -40,6 +40,11 @@ def _dead(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
     return gradients if ends[1] > ends[0] else values
 
 
+def _peaks(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
+    values = tables.table(record, "peak1", slot="input").abs()
+    return by_step(values, at_slot(sites, "input", values), PEAKS.columns)
+
+
 def _saturated(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
     saturated = tables.table(record, "saturated")
     return by_step(saturated, outputs(sites, saturated), SATURATED.columns)
@@ -136,6 +141,17 @@ SATURATED = Figure(
     x_label="step",
     y_label="fraction within 1 % of the range's ends",
     reading="At the ends of its range an activation is flat, and the gradient that passes it is close to 0.",
+)
+PEAKS = Figure(
+    id="propagation.peaks",
+    title="Largest value at the input of norms",
+    explains=("propagation.massive-activations",),
+    prepare=_peaks,
+    columns=("step", "magnitude", "site"),
+    x_label="step",
+    y_label="magnitude of the largest value",
+    reading="Values that come up within some steps and then stay are massive activations; growth without end is not.",
+    log_y=True,
 )
 NON_FINITE = Figure(
     id="propagation.onset",

@@ -13,7 +13,7 @@ from torch import nn
 
 from normscope.core.site import Site
 from normscope.norms.recognize import NormParts, class_name
-from normscope.probes import covariance, factors, hooks, layout, moments, noise, normalization, tails
+from normscope.probes import covariance, factors, hooks, layout, moments, noise, normalization, tails, tokens
 from normscope.probes.factors import Factors
 from normscope.probes.normalization import Calls
 
@@ -33,6 +33,7 @@ _MERGES: Mapping[str, Callable[[Any, Any], Any]] = {
     "tails": tails.merge,
     "batch": moments.merge,
     "areas": normalization.merge_areas,
+    "tokens": tokens.merge,
     "covariance": covariance.merge,
 }
 
@@ -351,6 +352,8 @@ class Activations:
                 seen = normalization.areas(x.detach(), parts, getattr(module, "num_features", None))
                 if seen is not None:
                     current.add(site, "value", "areas", seen)
+            if tokens.has_tokens(x, parts):
+                current.add(site, "value", "tokens", tokens.observe(x))
         except Exception as error:  # whatever a layer does, the run goes on
             self._on_failure("normalization", site, error)
 

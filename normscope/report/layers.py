@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from normscope.core.record import Record
-from normscope.metrics import tables
+from normscope.metrics import tables, tokens
 from normscope.report.text import number
 
 
@@ -39,7 +39,9 @@ COLUMNS: tuple[tuple[str, bool], ...] = (
     ("last rms", True),
     ("gradient rms", True),
     ("dead", True),
+    ("largest gain", True),
 )
+_PLACED = {"branch": "post, on the branch", "qk": "of queries and keys", "first": "before the blocks"}
 
 
 def layers(record: Record) -> list[Layer]:
@@ -64,6 +66,7 @@ def _layers(record: Record) -> list[Layer]:
     groups = record.sites.reindex(columns=["site", "groups"]).drop_duplicates("site", keep="last").set_index("site")
     rms, gradient = _last(record, "rms", "value"), _last(record, "rms", "gradient")
     dead, sizes = _last(record, "dead", "value"), _parameters(known)
+    placed, gains = tokens.placements(record), tokens.gains(record).set_index("module")
     rows = []
     outputs = [str(slot).startswith("output") for slot in known["slot"]]
     for site, row in known[outputs].iterrows():
@@ -73,13 +76,14 @@ def _layers(record: Record) -> list[Layer]:
         cells = (
             Cell(_text(row["class"])),
             _shape(row["shape"]),
-            Cell(_norm(row["norm"], groups["groups"].get(site))),
+            Cell(_norm(row["norm"], groups["groups"].get(site), placed.get(str(row["module"]), ""))),
             _number(row["eps"]),
             _momentum(row),
             _number(sizes.get(str(row["module"]))),
             _number(rms.get(name), measured=name in rms),
             _number(gradient.get(name), measured=name in gradient),
             _number(dead.get(name)),
+            _gain(gains, str(row["module"])),
         )
         rows.append(Layer(name, cells))
     return rows
@@ -108,9 +112,18 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _norm(kind: object, groups: object) -> str:
+def _norm(kind: object, groups: object, place: str) -> str:
     several = isinstance(groups, (int, float)) and np.isfinite(groups) and groups > 1
-    return f"{_text(kind)} ({groups:.0f} groups)" if several else _text(kind)
+    name = f"{_text(kind)} ({groups:.0f} groups)" if several else _text(kind)
+    return f"{name}: {_PLACED.get(place, place)}" if place else name
+
+
+def _gain(gains: pd.DataFrame, module: str) -> Cell:
+    """Return how far the largest gain has drifted, sorted by the factor."""
+    if module not in gains.index:
+        return Cell("", -1)
+    first, late, drift = (float(gains[name][module]) for name in ("first", "late", "drift"))
+    return Cell(f"{number(first)} → {number(late)}", drift if math.isfinite(drift) else math.inf)
 
 
 def _shape(value: object) -> Cell:

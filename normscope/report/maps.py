@@ -69,7 +69,17 @@ QUANTITIES: tuple[Quantity, ...] = (
         ),
     ),
     Quantity("gradients of activations", ("output*",), "gradient", (*_SIZE, _BROKEN)),
-    Quantity("input of norms", ("input",), "value", (_VAR, _MEAN, Stat("eps_weight", "share of eps", "linear"))),
+    Quantity(
+        "input of norms",
+        ("input",),
+        "value",
+        (
+            _VAR,
+            _MEAN,
+            Stat("eps_weight", "share of eps", "linear"),
+            Stat("peak1", "value of largest magnitude", "signed"),
+        ),
+    ),
     Quantity(
         "attention",
         ("attention",),

@@ -19,7 +19,7 @@ from normscope.core.site import Site
 from normscope.core.store import Store
 from normscope.linalg.problem import Problem
 from normscope.norms.recognize import NormParts
-from normscope.probes import flight, hooks, layout, optimizers, ranks, structure, summary
+from normscope.probes import flight, hooks, layout, optimizers, ranks, structure, summary, tokens
 from normscope.probes.activations import Activations, Measured, on_host
 from normscope.probes.attention import Attention
 from normscope.probes.factors import Factors
@@ -27,6 +27,7 @@ from normscope.probes.flight import Flight, FlightStep
 from normscope.probes.joining import Item
 from normscope.probes.normalization import MAX_CHANNELS, Normalization
 from normscope.probes.parameters import Parameters, squared_norm
+from normscope.probes.placement import Placement
 from normscope.probes.ranks import Ranks
 from normscope.probes.snapshots import ENDS, RARE, SNAPSHOTS, Held
 from normscope.probes.stream import Stream
@@ -105,6 +106,7 @@ class Session:
             norms, self._probes, self._factors, self._on_site, self.fail, self._begin_backward
         )
         self._attention = Attention(modules, self._probes, self._on_site, self.fail)
+        self._placement = Placement(norms, self._on_site)
         self._parameters = Parameters(named, self._optimizers, self._on_site)
         self._flight = Flight(named, self._optimizers, self._parameters.site)
         self._normalization = Normalization(norms, modules, self._on_site)
@@ -167,6 +169,7 @@ class Session:
         """Measure what a module returned."""
         self._see_held()
         try:
+            self._placement.forward(name, args, kwargs, output)
             self._activations.forward(name, module, args, kwargs, output)
         except Exception as error:  # the run goes on
             self.fail("moments", name, error)
@@ -352,6 +355,7 @@ class Session:
                 self.fail(probe, "", error)
         self._activations.discard()
         self._attention.discard()
+        self._placement.discard()
         self._parameters.discard()
         self._stream.discard()
         self.step += 1
@@ -375,7 +379,7 @@ class Session:
     def _joins(self, measured: Measured) -> bool:
         """Tell whether a state is that of all ranks: not areas, of which a few are kept, nor a batch taken apart."""
         apart = measured.probe == "batch" and self._activations.owners[measured.site] not in self._synchronized
-        return measured.probe != "areas" and not apart
+        return measured.probe not in ("areas", "tokens") and not apart
 
     def _exchange(self, offers: Sequence[tuple[str, str, Any, Any]], *, ends: bool = False) -> None:
         """Replace what this rank has, each with key, kind, container and place in it, by what all ranks have."""
@@ -565,6 +569,7 @@ class Session:
         self._submit(measured, states)
         for name in self._synchronized & calls.keys():
             calls[name].batch *= self._together.size
+        rows += tokens.rows((m.site, state) for m, state in zip(measured, states, strict=True) if m.probe == "tokens")
         rows += self._normalization.rows(inputs, self._activations.owners, kept, calls, whole)
         return summary.joined(rows)
 

@@ -17,7 +17,7 @@ from normscope.core.errors import ArgumentError
 from tests import checks
 from tests.architectures.architecture import squares
 from tests.awkward.base import Job
-from tests.fuzz.models import CASTS, LAYERS, OPTIMIZERS, OUTPUTS, WRAPPERS, ZOO, Plan, make, plans
+from tests.fuzz.models import CASTS, LAYERS, OPTIMIZERS, WRAPPERS, ZOO, Plan, make, plans
 
 EXAMPLES = int(os.environ.get("NORMSCOPE_FUZZ", "40"))
 STEPS = 3

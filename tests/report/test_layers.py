@@ -44,6 +44,6 @@ def test_what_is_not_known_is_left_empty():
     store.scalars(3, "m/output", "train", "value", ("rms",), np.array([2.0]))
     store.commit()
     rows = {layer.site: cells(layer) for layer in layers(store.record())}
-    assert [cell.text for cell in rows["m/output"].values()] == ["Odd", "", "", "", "", "", "2", "", ""]
+    assert [cell.text for cell in rows["m/output"].values()] == ["Odd", "", "", "", "", "", "2", "", "", ""]
     assert rows["bn/output"]["momentum"].text == "cumulative"
     assert rows["bn/output"]["norm"].text == "batch (4 groups)"
