@@ -90,6 +90,7 @@ CAUSES: tuple[Cause, ...] = (
     Cause("training.input-scale", ("training.initial-loss", *LONG_STEPS)),
     Cause("structure.eps", ("propagation.eps-dominates", "conditioning.curvature-dominated", *STATISTICS)),
     Cause("optimizer.parameter-twice", LONG_STEPS),
+    Cause("propagation.non-finite", ("precision.loss-scale",)),
     Cause("training.clipping", ("training.learning-rate",), _told),
     Cause("training.stuck-weights", ("optimizer.decay-lost", "optimizer.gains-stuck", "training.learning-rate")),
     Cause("structure.few-values", (*SILENT, *CONDITIONING, "training.learning-rate")),

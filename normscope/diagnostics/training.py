@@ -370,12 +370,14 @@ def stuck_weights(record: Record) -> list[Finding]:
     site, fraction = str(still.index[0]), float(still.iloc[0])
     beyond = still[still > STUCK]
     said = f"{site}: {fraction:.0%} of the entries that have a gradient are not moved by a step (threshold {STUCK:.0%})"
-    evidence = {"still": fraction, "beyond": len(beyond), "parameters": len(still)}
+    gains = len(beyond.index.intersection(metrics.gain_sites(record)))
+    evidence = {"still": fraction, "beyond": len(beyond), "gains_beyond": gains, "parameters": len(still)}
     if not len(beyond):
         return STUCK_WEIGHTS.ok(f"{said}.", evidence)
     return STUCK_WEIGHTS.found(
         Verdict.WARNING,
-        f"{said}; so at {len(beyond)} of {count(len(still), 'parameter')} in half precision.",
+        f"{said}; so at {len(beyond)} of {count(len(still), 'parameter')} in half precision"
+        f"{f', {gains} of them gains of normalization layers' if gains else ''}.",
         sites=[str(name) for name in beyond.index],
         evidence=evidence,
     )

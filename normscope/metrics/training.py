@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from normscope.core.record import Record
-from normscope.metrics import scale, tables
+from normscope.metrics import scale, structure, tables
 
 START = 3  # sampled steps that count as the start
 IDLE = 0.01  # of the largest learning rate
@@ -283,6 +283,82 @@ def left_over(record: Record) -> pd.Series:
         The largest share of any parameter looked at, 0 where it was cleared; empty where nothing was.
     """
     return tables.table(record, "left", slot="*", role="gradient").max(axis=1).dropna()
+
+
+def damped(record: Record) -> pd.DataFrame:
+    """Return, of parameters that Adam moves, the late share of entries whose steps its eps shortens by a tenth or more.
+
+    Args:
+        record: record of one run.
+
+    Returns:
+        Indexed by site, the largest share first: share, size (entries) and matrix (whether it has two dimensions).
+    """
+    frame = tables.table(record, "damped", slot="*", role="update")
+    shapes = record.sites.reindex(columns=["site", "shape"]).drop_duplicates("site", keep="last").set_index("site")
+    rows = []
+    for site in frame:
+        window, shape = tables.late(frame[site]), shapes["shape"].get(site)
+        if len(window) and isinstance(shape, list):
+            rows.append((site, float(window.median()), math.prod(shape), len(shape) > 1))
+    found = pd.DataFrame(rows, columns=["site", "share", "size", "matrix"]).set_index("site")
+    return found.sort_values("share", ascending=False, kind="stable")
+
+
+def gain_sites(record: Record) -> list[str]:
+    """Return the sites of the gains of normalization layers.
+
+    Args:
+        record: record of one run.
+    """
+    facts = structure.norms(record)
+    return [f"{module}/{gain}" for module, gain in facts["gain"].items() if isinstance(gain, str)]
+
+
+class Scales(NamedTuple):
+    """The history of a loss scale.
+
+    Attributes:
+        first: at the first step.
+        last: at the last step.
+        largest: the largest of the run.
+        halved: how often it was lowered.
+        raised: how often it was raised.
+        late: share of the steps of the later half at which it was lowered.
+        since: step from which on it is below 1 to the end, None where it is not.
+        steps: steps with a scale.
+    """
+
+    first: float
+    last: float
+    largest: float
+    halved: int
+    raised: int
+    late: float
+    since: int | None
+    steps: int
+
+
+def scales(record: Record) -> Scales | None:
+    """Return the history of the loss scale; None without a gradient scaler, or with one step.
+
+    Args:
+        record: record of one run.
+    """
+    factor = tables.context(record)["loss_scale"].dropna()
+    if len(factor) < 2:
+        return None
+    change = factor.diff()
+    return Scales(
+        first=float(factor.iloc[0]),
+        last=float(factor.iloc[-1]),
+        largest=float(factor.max()),
+        halved=int((change < 0).sum()),
+        raised=int((change > 0).sum()),
+        late=float((change < 0).iloc[len(change) // 2 :].mean()),
+        since=tables.onset(factor < 1),
+        steps=len(factor),
+    )
 
 
 def still(record: Record) -> pd.Series:

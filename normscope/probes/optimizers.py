@@ -63,6 +63,17 @@ def holding(
 _RULES = {"SGD": "sgd", "Adam": "adam", "AdamW": "adam", "Muon": "muon"}
 
 
+def is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether an optimizer steps by the rule of torch's Adam or AdamW."""
+    return _rule(optimizer) == "adam"
+
+
+def _rule(optimizer: torch.optim.Optimizer) -> str:
+    step = type(optimizer).step
+    name = str(getattr(step, "__qualname__", "")).partition(".")[0]
+    return _RULES.get(name, "") if str(getattr(step, "__module__", "")).startswith("torch.optim") else ""
+
+
 def rule(parameter: torch.Tensor, among: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     """Return by which rule a parameter is updated, as far as it is known.
 
@@ -76,11 +87,9 @@ def rule(parameter: torch.Tensor, among: Sequence[torch.optim.Optimizer]) -> dic
     """
     for optimizer, number in holding(parameter, among):
         group = optimizer.param_groups[number]
-        step = type(optimizer).step
-        name = str(getattr(step, "__qualname__", "")).partition(".")[0]
-        torchs = str(getattr(step, "__module__", "")).startswith("torch.optim")
+        name = str(getattr(type(optimizer).step, "__qualname__", "")).partition(".")[0]
         return {
-            "rule": _RULES.get(name, "") if torchs else "",
+            "rule": _rule(optimizer),
             "decoupled": name in ("AdamW", "Muon") or bool(group.get("decoupled_weight_decay", False)),
             "nesterov": bool(group.get("nesterov", False)),
             "dampening": known(group.get("dampening", 0)) or 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ from normscope.probes.normalization import MAX_CHANNELS
 from normscope.probes.summary import Row, channel_row
 
 _COARSE = (torch.float16, torch.bfloat16)  # numbers so far apart that a step may not reach the next
+DAMPED = 0.9  # sqrt(v) / (sqrt(v) + eps) below which eps shortens a step of Adam
+_SAMPLED = 256  # entries of a second moment that are looked at
 COPIED = 1 << 25  # bytes of weights copied before a sampled step at most, 32 MB
 
 
@@ -146,6 +148,9 @@ class Parameters:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure what the step has changed."""
         before = self._copies.pop(id(optimizer), {})
+        for parameter, share in _damped(optimizer):
+            if id(parameter) in self._names:
+                self._add(self._names[id(parameter)], "update", "damped", share)
         for name, parameter in self._mine(optimizer):
             if name in before:
                 now = _thinned(parameter)
@@ -174,7 +179,8 @@ class Parameters:
             One row a parameter and role: norm and rms; of a gradient the cosine with its weight; of an update, in units
             of the weight's norm, the length (relative), the part along the weight (radial), and the angle by which it
             turns the weight, in radians; in half precision also the fraction of entries that a gradient did not move
-            (still). Of one gradient the share that the step before has left (left), where it was not cleared.
+            (still), and under Adam that of entries whose steps eps shortens by a tenth or more (damped). Of one
+            gradient the share that the step before has left (left), where it was not cleared.
         """
         states: dict[str, dict[tuple[str, str], np.ndarray]] = {}
         for item, value in zip(self._found, values, strict=True):
@@ -322,6 +328,30 @@ def _still(back: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return torch.stack((((back == 0) & pushed).sum(), pushed.sum()))
 
 
+@torch.no_grad()
+def _damped(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield each parameter of Adam with [entries whose steps eps shortens to less than `DAMPED`, entries].
+
+    Adam divides by sqrt(v / (1 - beta_2^t)) + eps; v is the second moment, or its maximum so far. Entries without a
+    gradient so far do not count; a sample of the others is looked at.
+    """
+    for group in optimizer.param_groups if optimizers.is_adam(optimizer) else ():
+        held = [(p, optimizer.state.get(p, {})) for p in group["params"]]
+        having = [(p, s) for p, s in held if isinstance(s.get("exp_avg_sq"), torch.Tensor) and p.numel()]
+        for device in dict.fromkeys(s["exp_avg_sq"].device for _, s in having):
+            here = [(p, s) for p, s in having if s["exp_avg_sq"].device == device]
+            moments = [ranks.local(s.get("max_exp_avg_sq", s["exp_avg_sq"])).reshape(-1) for _, s in here]
+            samples = [v[:: -(-v.numel() // _SAMPLED) | 1] for v in moments]
+            second = torch.cat([sample.to(torch.float32) for sample in samples])
+            step = torch.as_tensor(here[0][1]["step"], dtype=torch.float32, device=device)
+            root = (second / (1 - group["betas"][1] ** step)).sqrt_()
+            flags = torch.stack((root < DAMPED * (root + group["eps"]), torch.ones_like(root, dtype=torch.bool)))
+            counts = (flags & (second > 0)).cumsum(1, dtype=torch.float32)
+            ends = np.cumsum([0, *map(len, samples)]).tolist()
+            found = torch.diff(torch.cat((counts.new_zeros(2, 1), counts), 1)[:, ends], dim=1)
+            yield from zip((p for p, _ in here), found.unbind(1), strict=True)
+
+
 @np.errstate(all="ignore")  # a diverged run holds infinities, a bias of zeros has no direction
 def _finished(
     found: Mapping[tuple[str, str], np.ndarray],
@@ -350,9 +380,9 @@ def _finished(
             rows["row_cosine"] = np.where(sizes == 0, 0.0, inner / sizes)
     if moved is not None:
         result["update"] = (_update(*moved), {})
-        still = found.get(("update", "still"))
-        if still is not None:
-            result["update"][0]["still"] = float(still[0] / still[1])
+        for stat in ("still", "damped"):
+            if (share := found.get(("update", stat))) is not None:
+                result["update"][0][stat] = float(share[0] / share[1])
     return result
 
 

@@ -73,7 +73,8 @@ class Placement:
         """Return "sum", "layer" or "norm", and the norms whose outputs are taken or were added."""
         if first._sequence_nr() in self._outputs:
             return "norm", [self._outputs[first._sequence_nr()]]
-        waiting, seen, found, summed = [first], set(), [], False
+        waiting, found, summed = [first], [], False
+        seen: set[int] = set()
         while waiting and len(seen) < _NODES:
             node = waiting.pop()
             number, kind = node._sequence_nr(), node.name()

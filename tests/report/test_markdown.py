@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from normscope.report.layers import COLUMNS
 from normscope.report.markdown import markdown
 from tests.report.records import HOSTILE, Run, findings_of
 
@@ -39,7 +40,7 @@ def test_names_of_layers_are_literal_in_it():
     assert "`<script>alert(1)</script>/output`" in text
     assert r"a\|b\`c\*\_d\_\&amp;\$e\$%{y}/output" in text
     assert all(
-        len(re.findall(r"(?<!\\)\|", line)) == 11
+        len(re.findall(r"(?<!\\)\|", line)) == len(COLUMNS) + 2
         for line in text.splitlines()
         if line.startswith("| ") and "Conv2d" in line
     )
