@@ -26,9 +26,10 @@ SLOT = "attention"
 OUTPUT = str(Site("", 0, "logits"))
 MASKED = -5000.0  # below it an additive mask hides a key: masks are -1e4, -1e9 or -inf, linear biases stay above
 QUERIES = 32  # queries of a sequence whose entropy is taken, at a fixed stride
-SEQUENCES = 8  # sequences in which it is
+SEQUENCES = 4  # sequences in which it is
 _PRODUCTS = 1 << 31  # multiplications in a call at most; beyond, a part of the sequences is looked at, at least one
-_CELLS = 1 << 20  # scores held at once
+_CELLS = 1 << 17  # scores held at once on a CPU, in its cache
+_MORE_CELLS = 1 << 24  # the same elsewhere
 _NODES = 512  # nodes of a graph looked at
 _LOGIT_ROWS = 256  # positions of the model's output at which log Z is taken
 _FUSED = "ScaledDotProduct"
@@ -249,8 +250,9 @@ def merge(a: State, b: State) -> State:
 def _largest(scores: Scores) -> torch.Tensor:
     """Return the largest logit of each head, a block of sequences and queries at a time."""
     batch, heads, length, _ = scores.q.shape
-    rows = min(length, max(1, _CELLS // (heads * scores.k.shape[2])))
-    some = max(1, _CELLS // (heads * scores.k.shape[2] * rows))
+    cells = _CELLS if scores.q.device.type == "cpu" else _MORE_CELLS
+    rows = min(length, max(1, cells // (heads * scores.k.shape[2])))
+    some = max(1, cells // (heads * scores.k.shape[2] * rows))
     blocks = []
     for first in range(0, batch, some):
         part = _cut(scores, slice(first, first + some))
@@ -258,8 +260,7 @@ def _largest(scores: Scores) -> torch.Tensor:
             which = slice(start, min(start + rows, length))
             logits = _logits(part, which)
             seen = _seen(part, which, logits)
-            logits = logits if seen is None else logits.masked_fill(~seen, -math.inf)
-            blocks.append(logits.amax((0, 2, 3)))
+            blocks.append((logits if seen is None else logits + _barred(seen, logits.dtype)).amax((0, 2, 3)))
     return torch.stack(blocks).amax(0)
 
 
@@ -272,8 +273,8 @@ def _entropy(scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
         logits = _logits(scores, which)
         seen = _seen(scores, which, logits)
         if scores.mask is not None:
-            logits = logits + scores.mask.expand(*logits.shape[:2], length, -1)[:, :, which]
-        logits = logits if seen is None else logits.masked_fill(~seen, -math.inf)
+            logits = logits + _rows_of(scores.mask, which)
+        logits = logits if seen is None else logits + _barred(seen, logits.dtype)
         weights = torch.softmax(logits, 3)
         keys = torch.full_like(logits[..., 0], logits.shape[3]) if seen is None else seen.expand_as(logits).sum(3)
     else:
@@ -305,10 +306,19 @@ def _seen(scores: Scores, which: slice, logits: torch.Tensor) -> torch.Tensor | 
         at = torch.arange(length, device=device)[which]
         seen = torch.arange(keys, device=device) <= at[:, None]
     if scores.mask is not None:
-        shape = (*logits.shape[:2], scores.q.shape[2], logits.shape[3])
-        open_ = scores.mask.expand(shape)[:, :, which] > MASKED
-        seen = open_ if seen is None else seen & open_
+        unmasked = _rows_of(scores.mask, which) > MASKED
+        seen = unmasked if seen is None else seen & unmasked
     return seen
+
+
+def _rows_of(mask: torch.Tensor, which: slice) -> torch.Tensor:
+    """Return the part of a mask, broadcastable to [B, H, L, S], that is for some queries."""
+    return mask[..., which, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask
+
+
+def _barred(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what is added to scores: 0 where a key is seen, else minus infinity."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -math.inf)
 
 
 def _cut(scores: Scores, which: slice) -> Scores:
