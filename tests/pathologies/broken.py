@@ -150,6 +150,22 @@ def exploding_channel(setup: Setup) -> None:
         module(setup, "block1.norm2").weight[5] = 3000.0
 
 
+def fast_queries(setup: Setup) -> None:
+    """Give the projections of attention a learning rate a hundred times that of the rest."""
+    (optimizer,) = setup.optimizers
+    fast = [p for name, p in setup.model.named_parameters() if ".qkv." in name]
+    ids = {id(p) for p in fast}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in ids]
+    optimizer.add_param_group({"params": fast, "lr": 100 * optimizer.param_groups[0]["lr"]})
+
+
+def large_adam_eps(setup: Setup) -> None:
+    """Give Adam an eps larger than gradients are."""
+    for group in setup.optimizers[0].param_groups:
+        group["eps"] = 0.1
+
+
 def residual_without_norm() -> Setup:
     """Build a deep residual perceptron with normalization, each branch as large as its shortcut."""
     return mlp(model=_residual(nn.LayerNorm))
@@ -641,6 +657,8 @@ BROKEN: tuple[Case, ...] = (
     Case(
         "too-sharp", "mlp", full_batch, together(with_rate(25), lasting(80, 4)), ("curvature.edge-of-stability", *RATE)
     ),
+    Case("fast-queries", "transformer", transformer, fast_queries, ("attention.logits-grow",), ("block*.attention*",)),
+    Case("large-adam-eps", "transformer", transformer, large_adam_eps, ("precision.adam-eps",)),
     Case(
         "bf16-stuck",
         "transformer",
