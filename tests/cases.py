@@ -59,8 +59,14 @@ CASES = (
     Case(
         "multi-head attention",
         calls.attention,
-        ("attention/output.0", "attention.out_proj/weight"),
-        ("attention.out_proj/output",),
+        ("attention/output.0", "attention.out_proj/weight", "attention/attention"),
+        ("attention.out_proj/output", "/attention"),
+    ),
+    Case(
+        "attention under checkpointing",
+        calls.checkpointed_attention,
+        ("block.self_attn/attention", "block.norm1/placement", "/logits"),
+        ("block/attention",),
     ),
     Case(
         "weight normalization",

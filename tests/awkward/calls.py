@@ -66,6 +66,14 @@ def attention() -> Job:
     return job(model, 5, 3, 8)
 
 
+def checkpointed_attention() -> Job:
+    def run(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.last(checkpoint(m.block, m.first(x), use_reentrant=False))
+
+    block = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1, batch_first=True)
+    return job(Wrap(run, first=nn.Linear(6, 8), block=block, last=nn.Linear(8, 2)), 4, 5, 6)
+
+
 def functional_container() -> Job:
     block = Wrap(lambda m, x: torch.relu_(m.norm(m.lin(x)) + x), lin=nn.Linear(6, 6), norm=nn.BatchNorm1d(6))
     return job(nn.Sequential(block, nn.Linear(6, 2)), 8, 6)
