@@ -128,6 +128,11 @@ def test_keys_that_serve_several_heads():
     check(found, dense(model.q, model.k, D**-0.5))
 
 
+def test_a_softmax_over_queries_is_another_thing():
+    model = Attends(lambda q, k, v: (q @ k.mT / D**0.5).softmax(2) @ v)
+    assert set(measured(model, torch.randn(B, L, 8), site="/attention")) == {"ceiling"}
+
+
 def test_a_sum_of_two_products_is_not_taken_for_one():
     model = Attends(lambda q, k, v: ((q @ k.mT + k @ q.mT) / D**0.5).softmax(3) @ v)
     found = measured(model, torch.randn(B, L, 8), site="/attention")
