@@ -58,8 +58,8 @@ def adam_eps(record: Record) -> list[Finding]:
     beyond = frame[frame["share"] > DAMPED]
     top = frame.iloc[0]
     evidence = {"share": share, "largest": float(top["share"]), "weights_beyond": len(beyond), "weights": len(frame)}
-    said = f"eps shortens the steps of {share:.0%} of the entries of weight matrices by a tenth or more (threshold "
-    said += f"{DAMPED:.0%}), most at {top.name} ({top['share']:.0%})"
+    said = f"The eps of Adam shortens the steps of {share:.0%} of the entries of weight matrices by a tenth or more "
+    said += f"(threshold {DAMPED:.0%}), most at {top.name} ({top['share']:.0%})"
     if not len(beyond):
         return ADAM_EPS.ok(f"{said}.", evidence)
     solved = training.learned(record)

@@ -22,6 +22,8 @@ def _logits(record: Record, sites: tuple[str, ...]) -> pd.DataFrame:
         return shown
     if not seen.shape[1]:
         return shown.assign(site=shown["site"] + f", {_ALLOWED}")
+    if not shown["logit"].max() > attention.LARGE / 2:
+        return shown  # the threshold would press the curves flat
     return tidy([shown, curve(columns, [shown["step"].min(), shown["step"].max()], attention.LARGE, _LIMIT)], columns)
 
 

@@ -1,4 +1,4 @@
-"""Tokens and norms of residual blocks: massive activations, drift of gains, and where each norm stands."""
+"""Tokens and norms of residual blocks: massive activations, and where each norm stands."""
 
 from __future__ import annotations
 
@@ -38,31 +38,6 @@ def peaks(record: Record) -> pd.DataFrame:
                 rows.append((site, step, found, ratio, int(token[site][step]), int(channel[site][step])))
     frame = pd.DataFrame(rows, columns=["site", "step", "value", "ratio", "token", "channel"])
     return frame.sort_values("value", key=np.abs, ascending=False, kind="stable", ignore_index=True)
-
-
-def gains(record: Record) -> pd.DataFrame:
-    """Return the largest gain of each normalization layer, at the first sampled step and late.
-
-    A layer that multiplies by 1 + gain counts with that.
-
-    Args:
-        record: record of one run.
-
-    Returns:
-        Indexed by the gain's site: module, first, late and drift, late over first.
-    """
-    facts, rows = structure.norms(record), []
-    top, low = (tables.table(record, f"value.{end}", slot="*") for end in ("max", "min"))
-    for module, fact in facts.iterrows():
-        site = f"{module}/{fact['gain']}"
-        if isinstance(fact["gain"], str) and site in top:
-            offset = float(np.nan_to_num(fact["gain_offset"]))
-            size = pd.concat([(ends[site] + offset).abs() for ends in (top, low)], axis=1).max(axis=1).dropna()
-            late = tables.late(size)
-            if len(late):
-                rows.append((site, str(module), float(size.iloc[0]), float(late.median())))
-    frame = pd.DataFrame(rows, columns=["site", "module", "first", "late"]).set_index("site")
-    return frame.assign(drift=frame["late"] / frame["first"].where(frame["first"] > 0))
 
 
 def placements(record: Record) -> dict[str, str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from normscope.core.record import Record
-from normscope.metrics import tables, tokens
+from normscope.metrics import scale, tables, tokens
 from normscope.report.text import number
 
 
@@ -66,7 +66,8 @@ def _layers(record: Record) -> list[Layer]:
     groups = record.sites.reindex(columns=["site", "groups"]).drop_duplicates("site", keep="last").set_index("site")
     rms, gradient = _last(record, "rms", "value"), _last(record, "rms", "gradient")
     dead, sizes = _last(record, "dead", "value"), _parameters(known)
-    placed, gains = tokens.placements(record), tokens.gains(record).set_index("module")
+    placed, gains = tokens.placements(record), scale.gains(record)
+    gains.index = [tables.module_of(str(site)) for site in gains.index]
     rows = []
     outputs = [str(slot).startswith("output") for slot in known["slot"]]
     for site, row in known[outputs].iterrows():
@@ -122,8 +123,8 @@ def _gain(gains: pd.DataFrame, module: str) -> Cell:
     """Return how far the largest gain has drifted, sorted by the factor."""
     if module not in gains.index:
         return Cell("", -1)
-    first, late, drift = (float(gains[name][module]) for name in ("first", "late", "drift"))
-    return Cell(f"{number(first)} → {number(late)}", drift if math.isfinite(drift) else math.inf)
+    first, last = float(gains["first_max"][module]), float(gains["last_max"][module])
+    return Cell(f"{number(first)} → {number(last)}", last / first if first > 0 else math.inf)
 
 
 def _shape(value: object) -> Cell:
