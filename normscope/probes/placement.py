@@ -6,7 +6,7 @@ cannot be told from names or from the order of execution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -40,27 +40,41 @@ class Placement:
 
     Args:
         norms: normalization layers of the model, by name.
+        probes: "normalization" among them where this runs.
         on_site: called with a site and its attributes.
+        on_failure: called with (probe, site, error) when it fails.
     """
 
-    def __init__(self, norms: Mapping[str, NormParts], on_site: Callable[[str, dict[str, object]], None]) -> None:
+    def __init__(
+        self,
+        norms: Mapping[str, NormParts],
+        probes: Collection[str],
+        on_site: Callable[[str, dict[str, object]], None],
+        on_failure: Callable[[str, str, Exception], None],
+    ) -> None:
         """Start with nothing seen; see the class."""
         self._left = {name for name, parts in norms.items() if parts.kind in ("layer", "rms")}
-        self._on_site = on_site
+        self._probes, self._on_site, self._on_failure = probes, on_site, on_failure
         self._outputs: dict[int, str] = {}  # norms by the number of the node that made their output
         self._inputs: set[int] = set()  # numbers of nodes that made the input of a norm: the walk ends there
 
     def forward(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
         """Say of a norm what it takes, at its first call."""
-        if name not in self._left:
+        if name not in self._left or "normalization" not in self._probes:
             return
         x = layout.first_tensor(args, kwargs)
         if x is None or x.grad_fn is None or not isinstance(output, torch.Tensor) or output.grad_fn is None:
             return
+        try:
+            self._look(name, x, output)
+        except Exception as error:  # whatever a graph holds, the run goes on
+            self._on_failure("normalization", name, error)
+
+    def _look(self, name: str, x: torch.Tensor, output: torch.Tensor) -> None:
         self._left.discard(name)
         takes, added = self._walk(x.grad_fn)
-        self._inputs.add(x.grad_fn._sequence_nr())
-        self._outputs[output.grad_fn._sequence_nr()] = name
+        self._inputs.add(_number(x.grad_fn))
+        self._outputs[_number(output.grad_fn)] = name
         facts = {"module": name, "call": 0, "slot": SLOT, "takes": takes, "added": added}
         self._on_site(str(Site(name, 0, SLOT)), facts)
 
@@ -71,13 +85,13 @@ class Placement:
 
     def _walk(self, first: Any) -> tuple[str, list[str]]:
         """Return "sum", "layer" or "norm", and the norms whose outputs are taken or were added."""
-        if first._sequence_nr() in self._outputs:
-            return "norm", [self._outputs[first._sequence_nr()]]
+        if _number(first) in self._outputs:
+            return "norm", [self._outputs[_number(first)]]
         waiting, found, summed = [first], [], False
         seen: set[int] = set()
         while waiting and len(seen) < _NODES:
             node = waiting.pop()
-            number, kind = node._sequence_nr(), node.name()
+            number, kind = _number(node), node.name()
             if number in seen:
                 continue
             seen.add(number)
@@ -91,6 +105,10 @@ class Placement:
                 waiting += inside
             summed = summed or kind == _EMBEDDED
         return "sum" if summed else "layer", sorted(set(found))
+
+
+def _number(node: Any) -> int:
+    return int(node._sequence_nr())
 
 
 def _is_bias(node: Any) -> bool:

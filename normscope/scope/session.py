@@ -106,7 +106,7 @@ class Session:
             norms, self._probes, self._factors, self._on_site, self.fail, self._begin_backward
         )
         self._attention = Attention(modules, self._probes, self._on_site, self.fail)
-        self._placement = Placement(norms, self._on_site)
+        self._placement = Placement(norms, self._probes, self._on_site, self.fail)
         self._parameters = Parameters(named, self._optimizers, self._on_site)
         self._flight = Flight(named, self._optimizers, self._parameters.site)
         self._normalization = Normalization(norms, modules, self._on_site)
@@ -168,8 +168,8 @@ class Session:
     ) -> None:
         """Measure what a module returned."""
         self._see_held()
+        self._placement.forward(name, args, kwargs, output)
         try:
-            self._placement.forward(name, args, kwargs, output)
             self._activations.forward(name, module, args, kwargs, output)
         except Exception as error:  # the run goes on
             self.fail("moments", name, error)

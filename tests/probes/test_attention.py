@@ -313,3 +313,28 @@ def test_models_of_hugging_face(name, path, kind, monkeypatch):
     if name == "gemma2":
         del expected["entropy"]  # of capped scores
     check(found, expected)
+
+
+def test_a_failure_switches_attention_off_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(attention, "observe", lambda scores: 1 / 0)
+    model = Attends(F.scaled_dot_product_attention)
+    optimizer = sgd(model)
+    with ns.attach(model, optimizer, every=1) as scope:
+        for _ in range(2):
+            model(torch.randn(B, L, 8)).square().mean().backward()
+            optimizer.step()
+    record = scope.record()
+    failed = record.events[record.events["kind"] == "probe-failed"]
+    assert list(failed["message"]) == ["attention: ZeroDivisionError: division by zero"]
+    assert len(record.series("out/output", "rms")) == 2
+
+
+def test_nothing_is_kept_from_step_to_step():
+    model = Attends(F.scaled_dot_product_attention)
+    optimizer = sgd(model)
+    with ns.attach(model, optimizer, every=1, probes="attention") as scope:
+        for _ in range(3):
+            model(torch.randn(B, L, 8)).square().mean().backward()
+            optimizer.step()
+            held = vars(scope._session._attention)
+            assert (held["_found"], held["_claimed"], held["_output"]) == ({}, set(), None)
