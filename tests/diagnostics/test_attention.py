@@ -211,3 +211,13 @@ def test_runs_are_told_apart(grown):
     both = join([grown, network().record()])
     found = [f for f in ns.diagnose(both) if f.id == "attention.logits-grow"]
     assert {(f.run, f.verdict) for f in found} == {("run", Verdict.WARNING), ("a", Verdict.OK)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "rest", "expected"), [(64, 0.01, 0.023), (4096, 0.01, 0.017), (64, 0.03, 0.062), (4096, 0.03, 0.046)]
+)
+def test_the_numbers_behind_the_threshold_of_entropy(keys, rest, expected):
+    weights = np.full(keys, rest / (keys - 1))
+    weights[0] = 1 - rest
+    assert -(weights * np.log(weights)).sum() / math.log(keys) == pytest.approx(expected, abs=6e-4)
+    assert str(expected) in attention.ENTROPY_COLLAPSE.threshold_source
