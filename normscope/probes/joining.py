@@ -138,16 +138,16 @@ def _covariance_second(state: np.ndarray, first: np.ndarray, rank: int) -> np.nd
     width = state.shape[-1]
     held = _held(first, width)
     if held is not None:
-        samples, start = np.zeros((int(held.sum()), width)), int(held[:rank].sum())
+        samples, start = np.zeros((int(held.sum()), width), state.dtype), int(held[:rank].sum())
         samples[start : start + len(state)] = state
         return samples
     wide = torch.from_numpy(np.asarray(state, np.float64))
     matrix = np.asarray(covariance.reduced(wide.T) if state.ndim == 2 else wide)
     if width > covariance.WIDEST:
-        return matrix
+        return matrix.astype(state.dtype)
     scatter, mean, count = matrix[0, :-2], matrix[0, -2], matrix[0, -1, 0]
     apart = mean - first[:width] / first[width]
-    return np.asarray(scatter + count * np.outer(apart, apart))
+    return np.asarray(scatter + count * np.outer(apart, apart), state.dtype)  # as large as on one rank
 
 
 def _covariance_finish(first: np.ndarray, second: np.ndarray, _: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from normscope.linalg.ranks import rank
 
 PATIENCE = 60.0  # seconds for which an exchange waits for the others
+MOST = 1 << 23  # values that are exchanged at once, 64 MB
 _NUMBERS = itertools.count()  # of this process' attachments
 _TOGETHER = "together"
 _TOLD = itertools.count()  # of what was told to this process' attachments
@@ -107,13 +108,16 @@ class Ranks:
         self.patience = PATIENCE
         self._group: Any = None
         self._store: Any = None
-        self._joined = size == 1
+        self._joined, self._why = size == 1, ""
         if size > 1:
             self._place = next(place for place in itertools.count() if place not in _OPEN)
             _OPEN.add(self._place)
-            store = dist.distributed_c10d._get_default_store()
-            self._store = dist.PrefixStore(f"normscope/{self._place}", store)  # type: ignore[attr-defined]
-            self._store.set(f"attached/{self.rank}", f"{next(_NUMBERS)} {settings}")
+            try:
+                store = dist.distributed_c10d._get_default_store()
+                self._store = dist.PrefixStore(f"normscope/{self._place}", store)  # type: ignore[attr-defined]
+                self._store.set(f"attached/{self.rank}", f"{next(_NUMBERS)} {settings}")
+            except Exception as error:  # a backend without a store
+                self._why = _brief(error)
 
     @property
     def together(self) -> bool:
@@ -131,6 +135,8 @@ class Ranks:
         if self._joined:
             return
         self._joined = True
+        if self._why:
+            raise LostError(self._why)
         try:
             decided, store = self._decided()
             if decided == _TOGETHER:
@@ -188,13 +194,13 @@ class Ranks:
                 store.set(f"attached/{self.rank}", "")
 
     def summed(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Sum arrays over the ranks, in one collective.
+        """Sum arrays over the ranks, in float64, in one collective for each `MOST` values.
 
         Args:
-            arrays: of the same shapes on every rank.
+            arrays: floating-point arrays, of the same shapes on every rank.
 
         Returns:
-            Arrays of the same shapes, float64; those given where this rank is alone. If a rank was lost it is a
+            Arrays of the same shapes and types; those given where this rank is alone. If a rank was lost it is a
             LostError.
         """
         return self._reduced(arrays, "SUM")
@@ -226,17 +232,27 @@ class Ranks:
     def _reduced(self, arrays: Sequence[np.ndarray], kind: str) -> list[np.ndarray]:
         if self._group is None:
             return list(arrays)
-        flat = torch.from_numpy(np.concatenate([np.empty(0), *(np.asarray(a, np.float64).ravel() for a in arrays)]))
+        found, start = [], 0
+        while start < len(arrays):
+            sizes = np.cumsum([a.size for a in arrays[start:]])
+            some = arrays[start : start + max(1, int(np.searchsorted(sizes, MOST, side="right")))]
+            start += len(some)
+            flat = np.concatenate([np.asarray(a, np.float64).ravel() for a in some])
+            self._reduce(flat, kind)
+            parts = zip(np.split(flat, np.cumsum([a.size for a in some])[:-1]), some, strict=True)
+            found += [part.reshape(a.shape).astype(a.dtype, copy=False) for part, a in parts]
+        return found
+
+    def _reduce(self, flat: np.ndarray, kind: str) -> None:
+        """Replace values by those of all ranks, in one collective; none where there are no values."""
         options = dist.AllreduceOptions()
         options.reduceOp = getattr(dist.ReduceOp, kind)
         try:
-            if flat.numel():
-                self._group.allreduce([flat], options).wait(timedelta(seconds=self.patience))
+            if flat.size:
+                self._group.allreduce([torch.from_numpy(flat)], options).wait(timedelta(seconds=self.patience))
         except Exception as error:  # a rank that died, or one that did not come
             self.leave()
             raise LostError(_brief(error)) from error
-        ends = np.cumsum([a.size for a in arrays])[:-1]
-        return [part.reshape(a.shape) for part, a in zip(np.split(flat.numpy(), ends), arrays, strict=True)]
 
 
 def _brief(error: Exception) -> str:

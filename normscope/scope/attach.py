@@ -42,6 +42,8 @@ class Scope:
     def step(self, loss: Any = None, grad_norm: Any = None, batch: int | None = None) -> None:
         """Tell what normscope cannot see; optional. Call it before or after the optimizer's step.
 
+        Of several ranks each tells its own loss and batch; what only some tell is taken as well.
+
         Args:
             loss: the loss, a number or a scalar tensor; a tensor is not waited for.
             grad_norm: norm of the parameter gradients before clipping, as `clip_grad_norm_` returns it.
@@ -96,7 +98,8 @@ class Scope:
         self._close(measure=True)
 
     def _at_exit(self) -> None:
-        self._session.leave()
+        if not self._session.forked:
+            self._session.leave()
         self.close()
 
     def _close(self, measure: bool) -> None:

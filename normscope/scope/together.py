@@ -82,17 +82,21 @@ class Together:
     def finish(self, step: int, items: Sequence[Item] = ()) -> tuple[list[np.ndarray | None], list[Step]]:
         """Exchange what still waits, as `exchange` does, if the others answer soon, and leave."""
         self._ranks.patience = LAST_PATIENCE
-        found = self._exchange(step, items, ends=True)
+        waits = self._waiting or self._last is not None
+        own: list[np.ndarray | None] = [item.state for item in items]
+        found = self._exchange(step, items, ends=True) if waits else (own, [])
         self._ranks.end()
         return found
 
+    @np.errstate(all="ignore")  # a diverged run holds infinities
     def _exchange(self, step: int, items: Sequence[Item], ends: bool) -> tuple[list[np.ndarray | None], list[Step]]:
         rows, self._waiting = self._waiting, []
         own = [isinstance(row["grad_norm"], list) for row in rows]
         on_host(rows)
         told = [*([] if self._last is None else [self._last]), *(rows if ends else rows[:-1])]
         losses = np.array([[row["loss"] or 0.0, row["loss"] is not None] for row in told]).reshape(-1, 2)
-        sizes = np.array([[row["batch_size"] or 0, (row["grad_norm"] or 0.0) ** 2] for row in rows]).reshape(-1, 2)
+        sizes = np.array([[row["batch_size"] or 0, row["grad_norm"] or 0.0] for row in rows]).reshape(-1, 2)
+        sizes[:, 1] **= 2
         offered = [Item("losses", "sum", losses), Item(f"steps {ends}", "sum", sizes), *items]
         states, missing = self._joined(offered, step)
         found = [None if place in missing and offered[place].kind == "sum" else s for place, s in enumerate(states)]

@@ -26,6 +26,10 @@ def exchange(rank, folder):
     dist.barrier()
     together.join()
     summed = together.summed([np.arange(3.0) + rank, np.full((2, 2), rank + 1.0)])
+    with mock.patch.object(ranks, "MOST", 3):
+        apart = together.summed([np.ones(2), np.ones(2, np.float32), np.full((2, 4), 1.0), np.ones(0), np.ones(1)])
+    assert [(a.tolist(), a.dtype.name) for a in apart[:2]] == [([2, 2], "float64"), ([2, 2], "float32")]
+    assert [a.tolist() for a in apart[2:]] == [[[2] * 4] * 2, [], [2]]
     largest = together.maximum([np.array([rank, -rank])])
     alike = together.common(["b", "a"])
     differing = together.common(["a", "b", f"only {rank}"])
@@ -54,6 +58,7 @@ def refusals(rank, folder):
                 said.append(together.together)
         except ranks.LostError as lost:
             said.append(str(lost))
+        dist.barrier()  # as the training is, between two attachments
         if together is not None:
             together.end()
     return said
@@ -247,8 +252,9 @@ def resumed(rank, folder):
 def said(rank, folder):
     """Judge and report on every rank."""
     scope, _ = train(rank, f"{folder}/said", "ddp", 2)
-    path = scope.report()
-    return len(scope.findings()), path.exists()
+    written = []
+    with mock.patch("normscope.write_report", lambda record, findings, path: written.append(path) or path):
+        return len(scope.findings()), str(scope.report("page.html")), len(written)
 
 
 def two_models(rank, folder):
@@ -341,7 +347,8 @@ def crossing(rank, folder, name, size, synchronized):
     draw = torch.Generator().manual_seed(7)
     batches = [(torch.randn(24, 4, generator=draw, dtype=torch.float64), torch.arange(24) % 3) for _ in range(4)]
     problem = ns.Problem(runs, nn.functional.cross_entropy, batches[:2]) if size > 1 else None
-    with ns.attach(runs, optimizer, run=f"{folder}/{name}{synchronized}", every=1, problem=problem) as scope:
+    settings = {"every": 1, "problem": problem, "probes": (*PROBES, "population")}
+    with ns.attach(runs, optimizer, run=f"{folder}/{name}{synchronized}", **settings) as scope:
         for x, y in batches:
             nn.functional.cross_entropy(runs(x[rank::size]), y[rank::size]).backward()
             optimizer.step()
@@ -356,7 +363,7 @@ def norms(rank, folder):
     problem = ns.Problem(runs, nn.functional.cross_entropy, [batch_of(9, 0, 1)])
     found["fsdp"] = train(rank, folder, "fsdp", 2, problem=None, run=None)[0].record().events["message"].tolist()
     optimizer = torch.optim.SGD(runs.parameters(), 0.1)
-    with ns.attach(runs, optimizer, problem=problem) as scope:
+    with ns.attach(runs, optimizer, problem=problem, probes=(*PROBES, "population")) as scope:
         x, y = batch_of(0, rank, 2)
         nn.functional.cross_entropy(runs(x), y).backward()
         optimizer.step()

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["torch._dynamo", "torch.distributed.tensor._utils", "normscope.core.reading", "tests.distributed.jobs"]
+PRELOADED = ["torch._dynamo", "torch.distributed.tensor._utils", "normscope.core.reading", "normscope.diagnostics"]
+PRELOADED += ["tests.distributed.jobs"]
 CONTEXT.set_forkserver_preload(PRELOADED)
 TIMEOUT = 60
 

@@ -22,7 +22,7 @@ def test_synchronized_layers_train_and_are_recorded_as_in_one_process(name, foun
         np.testing.assert_allclose(mine, its, rtol=1e-12, atol=1e-14)
     kept = [k for k in expected if k[2] == "train" and k[1:] != ("0/bias", "train", "gradient", "cosine")]  # of zero
     kept = [k for k in kept if name == "bn" or k[1] != "1/input"]  # some areas of the first rank
-    assert len(kept) > 1200
+    assert len(kept) > 1000
     np.testing.assert_allclose([values[k] for k in kept], [expected[k] for k in kept], rtol=1e-5, atol=1e-8)
 
 
@@ -44,10 +44,7 @@ def test_held_batches_are_run_on_the_first_rank_where_no_other_is_needed(name, f
 
 
 def test_held_batches_that_need_every_rank_are_left_out_with_the_reason(found):
-    said = (
-        "problem is not used, as {}: a forward pass needs every rank. Left out: curvature, invariance, noise, "
-        "noise-scale, population"
-    )
+    said = "problem is not used, as {}: a forward pass needs every rank. Left out: noise, population"
     assert found[0]["bn", True][0][3] == [said.format("normalization layers are synchronized")]
     assert found[0]["held"][3] == [said.format("parameters are sharded")]
     assert found[0]["fsdp"] == []

@@ -66,9 +66,10 @@ def test_a_run_goes_on(found):
 
 
 def test_the_first_rank_judges_and_reports(found):
-    assert found[0]["said"][0] > 0
-    assert found[0]["said"][1]
-    assert found[1]["said"] == (0, False)
+    judged, page, written = found[0]["said"]
+    assert judged > 0
+    assert (page, written) == ("page.html", 1)
+    assert found[1]["said"] == (0, "page.html", 0)
 
 
 def test_two_models_are_kept_apart_and_only_sampled_steps_exchange_anything(found):
