@@ -24,7 +24,8 @@ class Item(NamedTuple):
 
     Attributes:
         key: what it is of, the same on every rank.
-        kind: "moments" [3, C], "tails" [9, C], "covariance" as in the module of that name, or "sum", of any shape.
+        kind: "moments" [3, C], "tails" [9, C], "covariance" as in the module of that name, "areas" [3, n], which come
+            side by side, or "sum", of any shape.
         state: the state of this rank.
     """
 
@@ -35,7 +36,7 @@ class Item(NamedTuple):
     @property
     def name(self) -> str:
         """Key, kind and width, which ranks must agree upon."""
-        width = self.state.shape if self.kind == "sum" else self.state.shape[-1]
+        width = {"sum": self.state.shape, "areas": ()}.get(self.kind, self.state.shape[-1:])
         return f"{self.kind} {self.key} {width}"
 
 
@@ -164,11 +165,25 @@ def _held(first: np.ndarray, width: int) -> np.ndarray | None:
     return held if held.all() and held.sum() <= covariance.most_samples(width) else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- areas: [3, n] of each rank, one rank after the other ------------------------------------------------------------
+
+
+def _areas_first(state: np.ndarray, size: int, rank: int) -> np.ndarray:
+    held = np.zeros(size)
+    held[rank] = state.shape[1]
+    return held
+
+
+def _areas_second(state: np.ndarray, first: np.ndarray, rank: int) -> np.ndarray:
+    areas, start = np.zeros((len(state), int(first.sum()))), int(first[:rank].sum())
+    areas[:, start : start + state.shape[1]] = state
+    return areas
+
 
 _KINDS: Mapping[str, _Kind] = {
     "moments": _Kind(_moments_first, _nothing, _moments_second, _moments_finish),
     "tails": _Kind(_tails_first, lambda state: state[[1, 8]], _tails_second, _tails_finish),
     "covariance": _Kind(_covariance_first, _nothing, _covariance_second, _covariance_finish),
+    "areas": _Kind(_areas_first, _nothing, _areas_second, lambda _, second, *__: second),
     "sum": _Kind(lambda state, *_: state, _nothing, _nothing, lambda first, *_: first),
 }

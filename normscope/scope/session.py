@@ -377,15 +377,16 @@ class Session:
         self.store.event(self.step, "note", "", message)
 
     def _joins(self, measured: Measured) -> bool:
-        """Tell whether a state is that of all ranks: not areas, of which a few are kept, nor a batch taken apart."""
+        """Tell whether a state is that of all ranks: not tokens, nor a batch of which each takes statistics by itself."""
         apart = measured.probe == "batch" and self._activations.owners[measured.site] not in self._synchronized
-        return measured.probe not in ("areas", "tokens") and not apart
+        return measured.probe != "tokens" and not apart
 
     def _exchange(self, offers: Sequence[tuple[str, str, Any, Any]], *, ends: bool = False) -> None:
         """Replace what this rank has, each with key, kind, container and place in it, by what all ranks have."""
-        taken = (self._fly(self._flight.take) or []) if self._parameters.sharded else []
+        sharded = self._parameters.sharded and self._together.size > 1
+        taken = (self._fly(self._flight.take) or []) if sharded else []
         sums: list[np.ndarray | None] = [flight.squares(taken)]
-        offers = [*offers, ("flight", "sum", sums, 0)] if self._parameters.sharded else offers
+        offers = [*offers, ("flight", "sum", sums, 0)] if sharded else offers
         items = [Item(key, kind, held[place]) for key, kind, held, place in offers]
         states, steps = (self._together.finish if ends else self._together.exchange)(self.step, items)
         self._settle_steps(steps)
