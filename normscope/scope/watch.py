@@ -136,7 +136,7 @@ def ranks_of(model: nn.Module) -> int:
     meshes = {p.device_mesh.size() for p in sharded}
     if meshes - {world()}:
         raise ArgumentError(
-            f"model={type(model).__name__} is sharded over {max(meshes)} of {world()} ranks; call fully_shard with a "
+            f"model={class_name(model)} is sharded over {max(meshes)} of {world()} ranks; call fully_shard with a "
             "mesh of all of them, or train without normscope."
         )
     if isinstance(model, nn.parallel.DistributedDataParallel):
