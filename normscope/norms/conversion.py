@@ -70,7 +70,7 @@ def convert(
     for path, parts in _selected(model, where).items():
         module = model.get_submodule(path)
         try:
-            replacements[module] = _replacement(model, module, parts, to, channels, dict(options))
+            replacements[module] = _replacement(model, path, parts, to, channels, dict(options))
         except ArgumentError as error:
             failures.setdefault(str(error), []).append(path or "(the model itself)")
     if failures:
@@ -134,13 +134,14 @@ def _listed(paths: list[str], limit: int = 8) -> str:
 
 def _replacement(
     model: nn.Module,
-    module: nn.Module,
+    path: str,
     parts: NormParts,
     to: str | Callable[..., nn.Module],
     channels: str | None,
     options: dict[str, Any],
 ) -> nn.Module:
     """Make the new layer for an old one and hand over what it keeps."""
+    module = model.get_submodule(path)
     _refuse_content(module)
     features = _features(module, parts)
     channels = channels or ("first" if parts.axis == 1 else "last")
@@ -149,7 +150,7 @@ def _replacement(
         _check_rank(module, new)
     else:
         new = to(features if len(features) > 1 else features[0], **options)
-    like = _example(model, module)
+    like = _example(model, path)
     if like is not None:
         new.to(device=options.get("device", like.device), dtype=options.get("dtype", like.dtype))
     _keep_average(module, new)
@@ -266,9 +267,11 @@ def _or(numbers: set[int]) -> str:
     return " or ".join(map(str, sorted(numbers)))
 
 
-def _example(model: nn.Module, module: nn.Module) -> Tensor | None:
-    """Return a tensor whose type and device the new layer takes: one of the old layer, else of the model."""
-    return next((t for source in (module, model) for t in _tensors(source) if t.is_floating_point()), None)
+def _example(model: nn.Module, path: str) -> Tensor | None:
+    """Return a tensor whose type and device the new layer takes: of the old layer, else of what is around it."""
+    names = path.split(".") if path else []
+    around = (model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1))
+    return next((t for source in around for t in _tensors(source) if t.is_floating_point()), None)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

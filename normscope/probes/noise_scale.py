@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from normscope.core.errors import Unmeasurable
 from normscope.core.site import Site
 from normscope.linalg.problem import HELD, Problem
 from normscope.norms.recognize import NormParts
@@ -39,7 +40,8 @@ def measure(problem: Problem, norms: Mapping[str, NormParts], batch: int) -> dic
         batch: samples in a forward pass of training.
 
     Returns:
-        One row of the whole model in phase "noise"; none where there are too few samples.
+        One row of the whole model in phase "noise"; none where there are too few samples. A model that does not run on
+        so few is `Unmeasurable`.
     """
     layers = crossing(problem.model, norms)
     parts, chunk = chunks(problem.take(HELD), batch if layers else 1)
@@ -97,6 +99,11 @@ def agreement(products: np.ndarray) -> dict[str, float]:
         signal, the mean over pairs of different gradients, with its jackknife error signal_error; square, the mean of
         |g|^2, with square_error.
     """
+    with np.errstate(all="ignore"):  # a diverged model has infinite gradients
+        return _agreement(products)
+
+
+def _agreement(products: np.ndarray) -> dict[str, float]:
     number, squares = len(products), products.diagonal()
     rows = products.sum(1) - squares
     without = (rows.sum() - 2 * rows) / ((number - 1) * (number - 2))  # the signal that all but one show
@@ -110,12 +117,19 @@ def agreement(products: np.ndarray) -> dict[str, float]:
 
 
 def _products(problem: Problem, parts: Sequence[Any], held: Sequence[nn.Parameter]) -> np.ndarray:
-    """Return the inner products of the chunks' gradients, in a large model of every k-th element of them."""
+    """Return the inner products of the chunks' gradients, in a large model of every k-th element of them.
+
+    Raises:
+        Unmeasurable: if the model does not run on a chunk.
+    """
     stride = -(-sum(p.numel() for p in held) // KEPT)
     kept = []
     for part in parts:
-        output, target = problem.forward(problem.model, part)
-        found = torch.autograd.grad(problem.loss(output, target), held, materialize_grads=True)
+        try:
+            output, target = problem.forward(problem.model, part)
+            found = torch.autograd.grad(problem.loss(output, target), held, materialize_grads=True)
+        except (RuntimeError, ValueError) as error:  # the model's own, as of a layer that takes no small batch
+            raise Unmeasurable(f"the model does not run on a part of a batch ({error})") from error
         kept.append(torch.cat([_thinned(g, stride).to(held[0].device) for g in found]))
     gradients = torch.stack(kept).double()
     return to_host([gradients @ gradients.T])[0]

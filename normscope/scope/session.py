@@ -377,7 +377,7 @@ class Session:
         self.store.event(self.step, "note", "", message)
 
     def _joins(self, measured: Measured) -> bool:
-        """Tell whether a state is that of all ranks: not tokens, nor a batch of which each takes statistics by itself."""
+        """Tell whether a state is that of all ranks: not tokens, nor a batch of which each has its own statistics."""
         apart = measured.probe == "batch" and self._activations.owners[measured.site] not in self._synchronized
         return measured.probe != "tokens" and not apart
 

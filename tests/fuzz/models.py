@@ -177,6 +177,13 @@ class Wrapper(nn.Module):
         return self.inside(x)
 
 
+class Turned(Wrapper):
+    """Channels last inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x.movedim(1, -1)).movedim(-1, 1)
+
+
 class Residual(Wrapper):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.inside(x.clone())
@@ -325,7 +332,10 @@ class Net(nn.Module):
 def _module(plan: Plan, part: Part) -> nn.Module:
     if part.name in WRAPPERS:
         return WRAPPERS[part.name](nn.Sequential(*(_module(plan, inner) for inner in part.inside)))
-    return LAYERS[part.name](plan) if part.name in LAYERS else build_norm(part.name, C)
+    if part.name in LAYERS:
+        return LAYERS[part.name](plan)
+    layer = build_norm(part.name, C)
+    return Turned(layer) if plan.spatial and layer.traits.channels_last else layer
 
 
 def make(plan: Plan) -> nn.Module:

@@ -497,3 +497,11 @@ def test_measured_statistics_are_those_that_each_norm_would_store_alone():
         for name, value in found[path].items():
             torch.testing.assert_close(getattr(alone, name), value)
     assert all("forward" not in vars(module) for module in model)
+
+
+def test_a_layer_without_tensors_takes_the_type_of_what_is_around_it():
+    part = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False)).double()
+    model = nn.Sequential(nn.Linear(4, 4), part)
+    convert(model, to="rms", affine=True)
+    assert {p.dtype for p in part.parameters()} == {torch.float64}
+    assert {p.dtype for p in model[0].parameters()} == {torch.float32}

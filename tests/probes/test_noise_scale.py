@@ -194,3 +194,26 @@ def test_micro_batches_give_it_for_free(clip):
 def test_one_or_two_backwards_are_too_few(parts):
     record = accumulate(3, parts, 8)
     assert not [b for b in record.blocks if b.role == "gradient" and "signal" in b.stats]
+
+
+class Pairs(nn.Module):
+    """A layer that takes whole pairs of samples alone, four of them at least."""
+
+    def forward(self, x):
+        if len(x) < 8:
+            raise ValueError("fewer than four pairs")
+        return x
+
+
+def test_a_model_that_takes_no_part_of_a_batch_is_not_measured():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), Pairs())
+    batches = [(torch.randn(8, 3), torch.randn(8, 3)) for _ in range(2)]
+    record = ns.examine(model, nn.functional.mse_loss, batches, probes="noise-scale")
+    (event,) = record.events.itertuples()
+    assert event.kind == "note"
+    assert "noise-scale cannot be measured here: the model does not run on a part of a batch" in event.message
+
+
+def test_a_diverged_model_has_no_noise_scale():
+    found = noise_scale.agreement(np.full((4, 4), np.inf))
+    assert np.isnan(found["signal_error"])

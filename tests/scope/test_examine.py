@@ -276,3 +276,29 @@ def test_a_network_that_is_well_is_left_in_peace():
     found = findings_of(nn.Sequential(*layers, nn.Linear(WIDTH, 3)))
     assert {id for id, verdict in found.items() if verdict in ("warning", "failure")} == set()
     assert found["propagation.signal-exploding"] == found["run.no-normalization"] == "ok"
+
+
+class Forced(nn.Module):
+    """A layer whose forward rewrites its weight, as forced weight normalization does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(self.weight * 0.9)
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("make", [Forced, lambda: ns.norms.build("centering", 4)])
+def test_weights_that_a_forward_rewrites_are_what_they_were(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), make(), nn.LayerNorm(4), nn.Linear(4, 2))
+    model(torch.randn(8, 4))
+    batches = [(torch.randn(8, 4), torch.randn(8, 2)) for _ in range(3)]
+    before = everything(model)
+    record = ns.examine(model, F.mse_loss, batches)
+    assert everything(model) == before
+    assert list(record.events.loc[record.events["kind"] == "probe-failed", "message"]) == []
