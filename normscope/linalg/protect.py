@@ -39,10 +39,7 @@ def restored(model: nn.Module, heard: object = None) -> Iterator[None]:
     rewritten = {id(p): p for module in writers for p in module.parameters()}
     saved = copies(t for t in (*model.buffers(), *rewritten.values(), *kept) if isinstance(t, torch.Tensor))
     with ExitStack() as stack:  # each step of it is taken, whatever another one raises
-        for tensor, _ in saved:  # a backward may still wait for it
-            stack.enter_context(_unsafe_preserve_version_counter(tensor))
-        for tensor, copy in saved:
-            stack.callback(restore_tensor, tensor, copy)
+        stack.enter_context(put_back(saved))
         for value in kept:
             if _state(value) is not None:
                 stack.callback(_set_state, value, _state(value))
@@ -71,6 +68,23 @@ def copies(tensors: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Te
     """
     kept = [t for t in tensors if not is_lazy(t) and not t.is_inference() and t.device.type != "meta"]
     return [(tensor, tensor.detach().clone()) for tensor in kept]
+
+
+@contextmanager
+def put_back(saved: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Restore tensors at the end, and their version counters, as a backward may still wait for them.
+
+    Args:
+        saved: the tensors with their `copies`.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as stack:  # each step of it is taken, whatever another one raises
+        for tensor, copy in saved:
+            stack.enter_context(_unsafe_preserve_version_counter(tensor))
+            stack.callback(restore_tensor, tensor, copy)
+        yield
 
 
 def _restore_module(module: nn.Module, attributes: dict[str, Any], owned: dict[str, dict[str, Any]]) -> None:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from normscope.core.errors import ArgumentError
 from normscope.linalg.problem import Forward, Problem, drops
-from normscope.linalg.protect import copies, restore_tensor, restored
+from normscope.linalg.protect import copies, put_back, restore_tensor, restored
 from normscope.scope.watch import Layers, unwrapped, watch
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def examine(
         )
     still = _still(inner)
     held = problem.take(MAX_BATCHES)
-    stored = copies((*inner.parameters(), *inner.buffers()))  # a forward may rewrite its weights
+    plain = (p for p in inner.parameters() if not is_lazy(p) and type(p.data) is torch.Tensor)  # a forward may rewrite
+    stored = copies((*plain, *inner.buffers()))
     session, hooks, *_ = watch(
         inner,
         (),
@@ -81,13 +83,13 @@ def examine(
     )
     quiet = not sys.stderr.isatty() if progress is None else not progress
     try:
-        with _undisturbed(inner, session):
+        with _undisturbed(inner, session), put_back(stored):
             for number, batch in enumerate(tqdm(held, desc="batches", unit="batch", disable=quiet)):
                 session.annotate({"loss": _run(problem, inner, batch, number)})
                 session.look(still)
-                _restore(stored)  # each batch meets the model as it is
+                for tensor, value in stored:  # each batch meets the model as it is
+                    restore_tensor(tensor, value)
     finally:
-        _restore(stored)
         hooks.remove()
         session.finish(measure=False)
         record = session.store.record()
@@ -121,11 +123,6 @@ def _undisturbed(model: nn.Module, listener: object) -> Iterator[None]:
         finally:
             for p, gradient in held:
                 p.grad = gradient
-
-
-def _restore(stored: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for tensor, value in stored:
-        restore_tensor(tensor, value)
 
 
 def _run(problem: Problem, model: nn.Module, batch: Any, number: int) -> float:

@@ -105,7 +105,7 @@ def test_a_record_loads_and_a_report_is_written(plan: Plan) -> None:
         assert scope.report().stat().st_size > 10_000
 
 
-@law(EXAMPLES)
+@law(EXAMPLES // 2)
 @given(plans())
 def test_examine_leaves_a_model_alone(plan: Plan) -> None:
     checks.seed()
