@@ -206,6 +206,11 @@ def gradient_noise(record: Record) -> list[Finding]:
     known = scale.usable
     value = scale.value if known else least
     where = "micro-batches of training" if micro else "held samples"
+    if not known and not np.isfinite(least):
+        return GRADIENT_NOISE.undecided(
+            f"On {where}, the mean gradient cannot be told from zero.",
+            "Hold more samples, or batches, in problem=, or train on: the signal is what is hard to see.",
+        )
     said = (
         f"On {where}, noise and signal of the gradient are equal at a batch of "
         f"{f'{value:.3g} ± {scale.standard_error:.2g}' if known else f'{value:.3g} or more'} samples; batches have "

@@ -115,6 +115,11 @@ def test_a_scale_without_an_upper_end():
     assert found.verdict is NOTE
 
 
+def test_a_signal_below_zero_gives_no_batch_size():
+    found = only(noise.gradient_noise(gradient(Network(), -1.0, 4.0, 32.0, errors=(0.1, 0.1)).record()))
+    assert (found.verdict, "cannot be told from zero" in found.message) == (UNDECIDED, True)
+
+
 def test_the_noise_scale_needs_a_problem_or_micro_batches():
     found = only(noise.gradient_noise(Network().record()))
     assert (found.verdict, "problem=" in found.remedy) == (UNDECIDED, True)
