@@ -110,14 +110,6 @@ DECODERS = (
         own_loss,
     ),
     Architecture(
-        "Gemma",
-        "transformers",
-        hf("GemmaForCausalLM", DECODER | {"head_dim": 16}),
-        tokens,
-        {"rms": 2 * L + 1},
-        own_loss,
-    ),
-    Architecture(
         "Gemma 3",
         "transformers",
         hf("Gemma3ForCausalLM", DECODER | {"head_dim": 16}),
@@ -509,7 +501,6 @@ GRAPHS = (
     gcn("GraphNorm", "other"),
     gcn("InstanceNorm", "instance"),
     gcn("LayerNorm", "layer"),
-    gcn("PairNorm", "other"),
     gcn("DiffGroupNorm", "batch", groups=2),  # batch normalization of all groups at once
     Architecture(
         "GCN, MeanSubtractionNorm",
@@ -562,7 +553,6 @@ def decoder(name: str, norms: dict[str, int], **options: Any) -> Architecture:
 VARIATIONS = (
     decoder("RMSNorm", {"rms": 2 * L + 1}, use_rmsnorm=True),
     decoder("ScaleNorm", {"rms": 2 * L + 1}, use_scalenorm=True),
-    decoder("simple RMSNorm", {"rms": 2 * L + 1}, use_simple_rmsnorm=True),
     decoder("sandwich", {"layer": (2 + 2) * L + 1}, sandwich_norm=True),  # after each branch besides
     decoder("after the sum", {"layer": 2 * L}, pre_norm=False),
     decoder("queries and keys", {"layer": 2 * L + 1, "rms": 2 * L}, attn_qk_rmsnorm=True),
