@@ -247,7 +247,8 @@ def never_reached(record: Record) -> list[Finding]:
             f"Not judged at {count(len(layers), 'layer')}: the example did not pass.",
             "Mend structure.forward-fails first.",
         )
-    left = [str(name) for name in layers.index if name and name not in reached | metrics.used(record)]
+    known = reached | metrics.used(record)
+    left = [str(name) for name in layers.index if name and name not in known]
     if not left:
         return NEVER_REACHED.ok(f"All {count(len(layers), 'normalization layer')} are reached (threshold 0 left out).")
     # where the module around it did not run either, its branch was not taken: an auxiliary head, a layer dropped

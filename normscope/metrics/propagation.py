@@ -239,17 +239,18 @@ def unused_fraction(record: Record) -> pd.DataFrame:
     known = tables.attributes(record)
     judged = set(known.loc[known["activation"] == "relu", "predecessor"])
     affine = known["norm"].notna() | known["class"].astype(str).str.contains(_WEIGHTED)
-    sites = [site for site in known.index[affine] if site not in judged]
+    hidden = set([site for site in known.index[affine] if site not in judged][:-1])
     rows = []
     for site, (steps, rms) in tables.arrays(record, "rms", role="gradient").items():
         later = rms[steps > steps[0]]
-        if site in sites[:-1] and len(later) >= 2 and np.isfinite(later).all():
+        if site in hidden and len(later) >= 2 and np.isfinite(later).all():
             used = later.max(axis=0)
             if (used > 0).any() and np.median(used[used > 0]) > _UNDERFLOW:
                 rows.append((site, float((used == 0).mean()), 0.0, len(later)))
     return tables.estimates(rows)
 
 
+@tables.once
 def cut_off(record: Record) -> list[str]:
     """Return the sites below a cut: no gradient reaches them or any site before them, though it reaches the next one.
 
@@ -261,10 +262,11 @@ def cut_off(record: Record) -> list[str]:
         fades out, or if some earlier site has one.
     """
     rms = tables.table(record, "rms", role="gradient").iloc[1:]
-    ends = [float(tables.late(rms[site]).max()) for site in rms]
-    alive = next((i for i, value in enumerate(ends) if value != 0), 0)
-    cut = alive > 0 and ends[alive] > _UNDERFLOW
-    return [str(site) for site in rms.columns[:alive][::-1]] if cut else []
+    for cut, site in enumerate(rms.columns):
+        end = float(tables.late(rms[site]).max())
+        if end != 0:
+            return [str(site) for site in rms.columns[:cut][::-1]] if end > _UNDERFLOW else []
+    return []
 
 
 def saturation(record: Record) -> pd.DataFrame:
@@ -345,7 +347,8 @@ def outliers(record: Record) -> pd.DataFrame:
     """
     known = tables.attributes(record)
     top, middle = tables.table(record, "rms.max"), tables.table(record, "rms.q50")
-    sites = [site for site in top if site in middle and site not in known.index[known["activation"] == "relu"]]
+    relus = set(known.index[known["activation"] == "relu"])
+    sites = [site for site in top if site in middle and site not in relus]
     middle = middle[sites].where(middle[sites] > 0)
     frame = tables.late_medians(top[sites] / middle)
     for name, stat, scale in (("kurtosis", "kurtosis.max", None), ("peak", "max.max", middle)):

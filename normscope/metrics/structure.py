@@ -218,7 +218,7 @@ def ordered(record: Record) -> bool:
 def used(record: Record) -> set[str]:
     """Return the modules with a parameter that got a gradient: used, even where they were not called."""
     gradients = tables.table(record, "norm", slot="*", role="gradient")
-    return {tables.module_of(str(site)) for site in gradients if (gradients[site] > 0).any()}
+    return {tables.module_of(str(site)) for site in gradients.columns[(gradients > 0).any()]}
 
 
 def missing(record: Record) -> pd.DataFrame:

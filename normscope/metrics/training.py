@@ -142,17 +142,17 @@ def untrained(record: Record) -> pd.DataFrame:
     """
     facts = record.sites.reindex(columns=["site", "class", "module", "slot", "shape", "trainable", "optimizer"])
     facts = facts[facts["class"] == "Parameter"].drop_duplicates("site", keep="last").set_index("site")
-    update = tables.table(record, "norm", slot="*", role="update")
-    gradient = tables.table(record, "norm", slot="*", role="gradient")
+    moves = tables.table(record, "norm", slot="*", role="update")
+    still = set(moves.columns[(moves.notna().sum() >= 2) & (moves.isna() | (moves == 0)).all()])
+    pushes = tables.table(record, "norm", slot="*", role="gradient")
+    pushed = set(pushes.columns[(pushes > 0).any()])
     layers = tables.layers(record)
-    order, kinds = layers["order"], layers["class"].astype(str)
+    order, kinds = layers["order"].to_dict(), layers["class"].astype(str)
     rows = []
     for site, fact in facts.iterrows():
-        moves = update[site].dropna() if site in update else pd.Series(dtype=float)
-        pushes = gradient[site].dropna() if site in gradient else pd.Series(dtype=float)
         reason = ""
-        if len(moves) >= 2 and bool((moves == 0).all()):
-            reason = "frozen" if fact["trainable"] is False else "not move" if (pushes > 0).any() else "no gradient"
+        if site in still:
+            reason = "frozen" if fact["trainable"] is False else "not move" if site in pushed else "no gradient"
         matrix = isinstance(fact["shape"], list) and len(fact["shape"]) > 1
         rows.append((site, fact["module"], matrix, reason, float(order.get(fact["module"], np.nan))))
     frame = pd.DataFrame(rows, columns=["site", "module", "matrix", "reason", "order"]).set_index("site")
