@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
 
 from normscope.core.errors import NormscopeError
+from normscope.core.table import printable
 
 COMMANDS = (
     ("demo", "train a small network with normscope attached and write its report"),
@@ -74,7 +75,7 @@ def _run(command: object, parsed: argparse.Namespace) -> int:
     try:
         return int(command(parsed))  # type: ignore[operator]  # each command module has run(arguments) -> int
     except NormscopeError as error:
-        print(f"normscope {parsed.command}: {error}", file=sys.stderr)
+        print(f"normscope {parsed.command}: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"normscope {parsed.command}: interrupted", file=sys.stderr)
@@ -83,7 +84,7 @@ def _run(command: object, parsed: argparse.Namespace) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:
-        print(f"normscope {parsed.command}: {error}", file=sys.stderr)
+        print(f"normscope {parsed.command}: {printable(str(error))}", file=sys.stderr)
         return 1
 
 

@@ -11,6 +11,7 @@ import torch
 
 from normscope.cli.factory import found, importable, reference
 from normscope.core.errors import ArgumentError
+from normscope.core.table import printable
 from normscope.metrics.trial import Trial
 from normscope.norms.inspection import Inspection, inspect
 from normscope.norms.table import zoo
@@ -86,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     comparison.write(out)
     comparison.save(out)
     print(comparison.table())
-    print(f"\nruns    {out}\ntables  {out / 'table.tex'}, table.md, runs.csv\nreport  {out / 'comparison.html'}")
+    shown = printable(str(out))
+    print(f"\nruns    {shown}\ntables  {shown}/table.tex, table.md, runs.csv\nreport  {shown}/comparison.html")
     return 0
 
 

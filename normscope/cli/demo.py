@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from normscope import workbench
-from normscope.cli.folder import free
+from normscope.cli.folder import free, listed
 from normscope.core.errors import ArgumentError
 from normscope.core.finding import Finding, Verdict
 from normscope.core.table import findings_table
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     if defect is not None:
         print(f"\n{_outcome(defect, findings)}")
     page = scope.report()
-    print(f"\nrun     {out}\nreport  {page}")
+    print(f"\n{listed(run=out, report=page)}")
     return 0
 
 

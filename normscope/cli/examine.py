@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from normscope.cli.factory import called, reference
-from normscope.cli.folder import free
+from normscope.cli.folder import free, listed
 from normscope.core.table import findings_table
 from normscope.diagnostics import diagnose
 from normscope.report.write import findings_json, write_report
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(findings_json(findings), end="")
     else:
         print(findings_table(findings, shutil.get_terminal_size().columns))
-        print(f"\nrun     {out}\nreport  {page}")
+        print(f"\n{listed(run=out, report=page)}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from normscope.core.errors import ArgumentError, unknown_name
+import torch
+
+from normscope.core.errors import ArgumentError, NormscopeError, unknown_name
+
+_OURS = str(Path(__file__).parents[1])
+_TORCH = str(Path(torch.__file__).parent)
+_CALLING = torch.nn.modules.module.__file__  # between a call of a module and its forward method
+_INSTALLED = (_OURS, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 
 
 def reference(text: str) -> str:
@@ -39,11 +47,21 @@ def called(text: str, returns: tuple[str, ...], optional: tuple[str, ...] = ()) 
         optional: names of what it may return after that.
 
     Yields:
-        What it returned, None for what is optional and was not. A factory that cannot be found or called, or that
-        returns anything else, is an ArgumentError.
+        What it returned, None for what is optional and was not.
+
+    Raises:
+        ArgumentError: if the factory cannot be found or called, returns anything else, or if what it returned raises an
+            error while the context lasts.
     """
     with importable():
-        yield _checked(text, _raising(text, "called", found(text)), returns, optional)
+        made = _checked(text, _raising(text, "called", found(text)), returns, optional)
+        try:
+            yield made
+        except Exception as error:
+            told = None if isinstance(error, NormscopeError) else _told(error)
+            if told is None:
+                raise
+            raise ArgumentError(f"factory={text!r}: {told}. What it returns must fit together.") from error
 
 
 @contextmanager
@@ -94,11 +112,25 @@ def _raising(text: str, done: str, call: Callable[[], Any]) -> Any:
         return call()
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        told = f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+        said = " ".join(str(error).split())  # torch writes several lines
+        told = f"{type(error).__name__}: {said} ({last.filename}, line {last.lineno})"
         raise ArgumentError(
             f"factory={text!r} cannot be {done}: {told}. "
             f"It must work in Python as {text.replace(':', '.')}(), without arguments."
         ) from error
+
+
+def _told(error: Exception) -> str | None:
+    """Say which function of the user's failed, how and where; None for an error that is normscope's own."""
+    trace = traceback.walk_tb(error.__traceback__)
+    frames = [(frame.f_code.co_filename, frame.f_code.co_qualname, line) for frame, line in trace]
+    last = max((i for i, (file, *_) in enumerate(frames) if file.startswith(_OURS)), default=-1)
+    called = [frame for frame in frames[last + 1 :] if frame[0] != _CALLING]
+    if not called or (called[0][0].startswith(_INSTALLED) and not called[0][0].startswith(_TORCH)):
+        return None
+    file, _, line = next((frame for frame in reversed(called) if not frame[0].startswith(_INSTALLED)), called[-1])
+    said = " ".join(str(error).split())  # torch writes several lines
+    return f"{called[0][1]}() failed with {type(error).__name__}: {said} ({file}, line {line})"
 
 
 def _checked(text: str, value: object, returns: tuple[str, ...], optional: tuple[str, ...]) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from normscope.core.errors import StoreError
 from normscope.core.store import FILE_NAME, run_exists
+from normscope.core.table import printable
 
 _SHOWN = 20
 
@@ -14,6 +15,12 @@ def free(folder: Path) -> Path:
     """Return a folder that holds no run: the one given, or with -2, -3, ... at its end."""
     candidates = (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in range(1, 10_000))
     return next(candidate for candidate in candidates if not run_exists(candidate))
+
+
+def listed(**paths: Path) -> str:
+    """Write a line for each path, with what lies there; a name that holds control characters shows them as text."""
+    width = max(map(len, paths)) + 2
+    return "\n".join(f"{name:<{width}}{printable(str(path))}" for name, path in paths.items())
 
 
 def one_run(path: Path) -> Path:

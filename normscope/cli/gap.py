@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from normscope.cli.factory import called, reference
+from normscope.cli.folder import listed
 from normscope.report.gap import as_json
 from normscope.scope.gap import MAX_BATCHES, gap
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(as_json(found.measured, found.findings), end="")
     else:
-        print(f"{found}\n\nreport  {page}")
+        print(f"{found}\n\n{listed(report=page)}")
     return 0
 
 

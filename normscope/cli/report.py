@@ -7,7 +7,7 @@ import shutil
 import webbrowser
 from pathlib import Path
 
-from normscope.cli.folder import one_run
+from normscope.cli.folder import listed, one_run
 from normscope.core.reading import load
 from normscope.core.table import findings_table
 from normscope.diagnostics import diagnose
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.path if arguments.path.is_dir() else arguments.path.parent
     page = write_report(record, findings, arguments.out or folder / "report.html")
     print(findings_table(findings, shutil.get_terminal_size().columns))
-    print(f"\nreport    {page}\nmarkdown  {page.with_suffix('.md')}\njson      {json_beside(page)}")
+    print(f"\n{listed(report=page, markdown=page.with_suffix('.md'), json=json_beside(page))}")
     if arguments.open:
         webbrowser.open(page.resolve().as_uri())
     return 0
@@ -45,5 +45,5 @@ def _json(text: str, out: Path | None) -> int:
         print(text, end="")
     else:
         write_texts({out: text})
-        print(f"json  {out}")
+        print(listed(json=out))
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import math
 import os
 import shutil
 import sys
@@ -16,6 +18,7 @@ from normscope.core.finding import Finding
 from normscope.core.reading import load
 from normscope.core.record import Record
 from normscope.core.store import FILE_NAME
+from normscope.core.table import printable
 from normscope.diagnostics import diagnose
 from normscope.report.live import Style, live
 
@@ -31,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interval", metavar="SECONDS", type=_seconds, default=2.0, help="time between two looks (default: 2)"
     )
+    parser.add_argument(
+        "--wait", metavar="SECONDS", type=_seconds, default=math.inf, help="give up if no run begins (default: never)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,21 +46,30 @@ def run(arguments: argparse.Namespace) -> int:
         print(_frame(arguments.path, record, diagnose(record), whole=True))
         return 0
     try:
-        _wait(arguments.path, arguments.interval)
+        _wait(arguments.path, arguments.interval, arguments.wait)
         _follow(arguments.path, arguments.interval)
     except KeyboardInterrupt:
         print()
     return 0
 
 
-def _wait(path: Path, interval: float) -> None:
-    """Wait until the run begins."""
-    told = False
+def _wait(path: Path, interval: float, longest: float) -> None:
+    """Wait until the run begins; where none can, or none has in the time given, this is a StoreError."""
+    if _begun(path):
+        return
+    if not path.parent.exists():
+        raise StoreError(
+            f"path={str(path)!r} lies in no folder: {path.parent} does not exist. Give the folder that was passed as "
+            "attach(..., run=...), or create that one to wait for a run in it."
+        )
+    alike = difflib.get_close_matches(path.name, [file.parent.name for file in path.parent.glob(f"*/{FILE_NAME}")])
+    hint = f"; did you mean {printable(str(path.with_name(alike[0])))}?" if alike else ""
+    print(f"waiting for {printable(str(path))} to begin; Ctrl-C ends{hint}", flush=True)
+    end = time.monotonic() + longest
     while not _begun(path):
-        if not told:
-            print(f"waiting for {path} to begin; Ctrl-C ends", flush=True)
-            told = True
-        time.sleep(interval)
+        if time.monotonic() >= end:
+            raise StoreError(f"path={str(path)!r}: no run has begun there in {longest:g} seconds{hint or '.'}")
+        time.sleep(min(interval, max(end - time.monotonic(), 0)))
 
 
 def _begun(path: Path) -> bool:
