@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from normscope.core.errors import StoreError
-from normscope.core.store import FILE_NAME, Layer, check_file, stored_rows
+from normscope.core.store import DAMAGE, FILE_NAME, Layer, check_file, stored_rows
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def earlier(folder: Path) -> Earlier:
             return _read(connection)
         finally:
             connection.close()
-    except (sqlite3.Error, ValueError, TypeError, LookupError) as error:  # whatever damage brings about
+    except DAMAGE as error:
         raise StoreError(f"{file} cannot be resumed, it is damaged: {error}. Restore it from a copy.") from error
 
 

@@ -9,13 +9,24 @@ from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from normscope.core.errors import StoreError
+from normscope.core.errors import StoreError, brief
 from normscope.core.record import Block, Channels, Record
-from normscope.core.store import EVENT_COLUMNS, FILE_NAME, GROUP_COLUMNS, STEP_COLUMNS, check_file, stored_rows
+from normscope.core.store import (
+    DAMAGE,
+    EVENT_COLUMNS,
+    FILE_NAME,
+    GROUP_COLUMNS,
+    STEP_COLUMNS,
+    check_file,
+    stored_rows,
+)
+
+_TABLES = ("versions", "structure")  # of what is known of a run
 
 
 def load(path: str | Path) -> Record:
@@ -42,17 +53,17 @@ def load(path: str | Path) -> Record:
             return read(connection)
         finally:
             connection.close()
-    except (sqlite3.Error, ValueError, TypeError, LookupError, OverflowError) as error:  # whatever damage brings about
+    except DAMAGE as error:
         raise StoreError(f"{file} is damaged or not a normscope record: {error}. Restore it from a copy.") from error
 
 
 def read(connection: sqlite3.Connection) -> Record:
     """Return what was committed to an open database."""
-    runs = [json.loads(provenance) for _, provenance in stored_rows(connection, "runs", "rowid")]
+    runs = [_provenance(*row) for row in stored_rows(connection, "runs", "rowid")]
     if not runs:
         raise StoreError("the file holds no run: it is damaged. Restore it from a copy.")
     known = [
-        {"run": run, "site": site, **json.loads(text)} for run, site, text in stored_rows(connection, "sites", "rowid")
+        {"run": run, "site": site, **_known(text)} for run, site, text in stored_rows(connection, "sites", "rowid")
     ]
     known.sort(key=lambda site: site.get("order", math.inf))  # a site that was written again has moved to the end
     return Record(
@@ -63,6 +74,23 @@ def read(connection: sqlite3.Connection) -> Record:
         blocks=_blocks(connection),
         channels=_channels(connection),
     )
+
+
+def _provenance(run: str, text: str) -> dict[str, Any]:
+    """Return what is known of a run; what the page relies on is checked."""
+    known: dict[str, Any] = json.loads(text)
+    segments = known.get("segments", [])
+    lists = [value for part in segments for name, value in part.items() if name in _TABLES]
+    times = [part[name] for part in (known, *segments) for name in ("created", "closed", "step") if name in part]
+    named = known["run"] == run and all(isinstance(known[name], dict) for name in _TABLES if name in known)
+    if not (named and all(isinstance(value, dict) for value in lists) and all(map(math.isfinite, times))):
+        raise ValueError(f"what is said of run {brief(run)} is not what normscope writes")
+    return known
+
+
+def _known(text: str) -> dict[str, Any]:
+    """Return what is known of a site; which it is, another column says."""
+    return {name: value for name, value in json.loads(text).items() if name not in ("run", "site")}
 
 
 def _table(connection: sqlite3.Connection, name: str, columns: Sequence[str]) -> pd.DataFrame:
@@ -89,9 +117,13 @@ def _blocks(connection: sqlite3.Connection) -> tuple[Block, ...]:
         values = np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(len(rows), -1)
         start = 0
         for site, phase, role, stats in keys:
+            if not all(isinstance(name, str) for name in (site, phase, role, *stats)) or isinstance(stats, str):
+                raise ValueError(f"layout {number} is no list of sites with names of statistics")
             end = start + len(stats)
             parts.setdefault((run, site, phase, role, tuple(stats)), []).append((steps, values[:, start:end]))
             start = end
+        if start != values.shape[1]:
+            raise ValueError(f"layout {number} names {start} statistics, its rows hold {values.shape[1]}")
     return tuple(Block(*key, *_in_time(found)) for key, found in parts.items())
 
 

@@ -16,6 +16,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from importlib import import_module
 from itertools import groupby
 from operator import itemgetter
@@ -55,6 +56,9 @@ CREATE TABLE events (run TEXT, step INTEGER, kind TEXT, site TEXT, message TEXT,
 STEP_COLUMNS = ("run", "step", "sampled", "batch_size", "loss", "loss_scale", "grad_norm", "skipped")
 GROUP_COLUMNS = ("run", "step", "optimizer", "group", "lr", "momentum", "decay")
 EVENT_COLUMNS = ("run", "step", "kind", "site", "message")
+DAMAGE = (sqlite3.Error, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_LONGEST = 1 << 27  # bytes of one value; ten thousand layers take a tenth of it
+_KINDS = {"TEXT": "'text'", "BLOB": "'blob'", "INTEGER": "'integer'", "REAL": "'real', 'null'"}
 _PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds
 
 
@@ -308,6 +312,8 @@ def check_file(connection: sqlite3.Connection, file: Path) -> None:
     Raises:
         StoreError: if it is refused.
     """
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
+    connection.execute("PRAGMA trusted_schema = OFF")
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     if application != APPLICATION_ID:
         raise StoreError(
@@ -319,9 +325,40 @@ def check_file(connection: sqlite3.Connection, file: Path) -> None:
             f"{file} has schema version {version}; this normscope reads {SCHEMA_VERSION}. "
             "Read it with the version of normscope that wrote it."
         )
+    with closing(sqlite3.connect(":memory:")) as empty:
+        empty.executescript(_SCHEMA)
+        kinds = _columns(empty)
+        if _columns(connection) != kinds:
+            raise StoreError(
+                f"{file} has other tables, columns or views than a record of schema version {version}: it is damaged "
+                "or not written by normscope. Restore it from a copy."
+            )
     damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if damage != "ok":
         raise StoreError(f"{file} is damaged: {damage}. Restore it from a copy.")
+    for (_, table, _), columns in kinds.items():
+        wrong = " OR ".join(f'typeof("{name}") NOT IN ({_kinds(name, kind)})' for name, kind in columns)
+        if columns and connection.execute(f"SELECT 1 FROM {table} WHERE {wrong} LIMIT 1").fetchone():
+            raise StoreError(f"{file} is damaged: {table!r} holds a value of the wrong type. Restore it from a copy.")
+
+
+def _columns(connection: sqlite3.Connection) -> dict[tuple[str, str, str], list[tuple[str, str]]]:
+    """Return what a database is made of, with the columns of each table; nothing in it is evaluated."""
+    made = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+    return {
+        (kind, name, " ".join(sql.split()) if isinstance(sql, str) else ""): [
+            (column, declared)
+            for _, column, declared, *_ in connection.execute("SELECT * FROM pragma_table_info(?)", (name,))
+        ]
+        if kind == "table"
+        else []
+        for kind, name, sql in made
+    }
+
+
+def _kinds(column: str, declared: str) -> str:
+    """Return the types that a column may hold; a batch size may be unknown."""
+    return "'integer', 'real', 'null'" if column == "batch_size" else _KINDS[declared]
 
 
 def stored_rows(connection: sqlite3.Connection, table: str, order: str) -> Iterator[tuple[Any, ...]]:
