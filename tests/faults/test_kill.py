@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 import normscope as ns
+from normscope.cli import main
 from normscope.core.reading import load
 from normscope.core.store import Store
 from tests.core.test_store import write
 
-KILLS = 20
+KILLS = int(os.environ.get("NORMSCOPE_KILLS", "10"))  # 100 by hand
+REPORTS = 3 if KILLS == 10 else KILLS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -23,12 +25,13 @@ def train(folder, report, steps=100_000):
     """Train until killed; report the number of each sampled step that has been written."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    ns.attach(model, optimizer, run=folder, every=2)
+    scope = ns.attach(model, optimizer, run=folder, every=2, resume=folder is not None)
     for step in range(steps):
         model(torch.randn(8, 4)).square().mean().backward()
         optimizer.step()
         if step % 2 == 0:
             report(step)
+    scope.close()
 
 
 def store_only(folder, report):
@@ -88,6 +91,13 @@ def test_every_acknowledged_step_survives(tmp_path, run):
         assert held
         assert all(acknowledged <= steps for steps in held.values())
         counts.append(last)
+        if run is train:
+            assert number >= REPORTS or main(["report", str(folder)]) == 0
+            train(folder, lambda step: None, steps=4)
+            after = load(folder)
+            assert after.context["step"].unique().tolist() == [*steps, *range(len(steps), len(steps) + 4)]
+            assert "closed" in after.runs[0]
+    print(f"{KILLS} kills after {min(counts)} to {max(counts)} steps")
     assert len(set(counts)) > KILLS // 4  # they were killed at different moments
 
 
