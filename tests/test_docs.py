@@ -1,4 +1,4 @@
-"""The README's Python blocks run as they stand."""
+"""The Python blocks of the README and of the guide run as they stand, and the page of findings is what they say."""
 
 import os
 import re
@@ -9,18 +9,23 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+PAGES = (README, *sorted((README.parent / "reports" / "guide").glob("*.md")))
+BLOCKS = {
+    f"{page.stem}-{i}": block
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+}
 
 
 def test_there_are_blocks():
     assert BLOCKS
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_a_block_runs(block, tmp_path):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_runs(name, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(README.parent), "OMP_NUM_THREADS": "1"}
     found = subprocess.run(
-        [sys.executable, "-c", block],
+        [sys.executable, "-c", BLOCKS[name]],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

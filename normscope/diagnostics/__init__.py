@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -131,11 +131,12 @@ AT_REST: tuple[Diagnostic, ...] = (
 )
 
 
-def diagnose(record: Record) -> Findings:
+def diagnose(record: Record, also: Iterable[Diagnostic] = ()) -> Findings:
     """Judge a record by every diagnostic, each run by itself.
 
     Args:
         record: record of one or several runs.
+        also: diagnostics of your own: functions of the record of one run that return a list of findings.
 
     Returns:
         Findings, worst first: one or none of each diagnostic a run. One that raised is an undecided finding. The list
@@ -148,11 +149,11 @@ def diagnose(record: Record) -> Findings:
         raise ArgumentError(
             f"record={brief(record)} must be a normscope.Record, as normscope.load('runs/a') or scope.record() returns."
         )
-    found = []
+    also, found = tuple(also), []
     for single in tables.split(record):
         name = single.names[0] if single.names else ""
         at_rest = bool(single.runs) and "lint" in single.runs[0]
-        judging = AT_REST if at_rest else DIAGNOSTICS
+        judging = (*(AT_REST if at_rest else DIAGNOSTICS), *also)
         judged = [finding for diagnostic in judging for finding in _judge(diagnostic, single)]
         found += [replace(finding, run=name) for finding in grouped(judged)]
     return Findings(worst_first(found))

@@ -55,6 +55,22 @@ class Scope:
             values = {"loss": _number("loss", loss), "grad_norm": _number("grad_norm", grad_norm)}
             self._session.annotate(values | {"batch_size": _number("batch", batch)})
 
+    def measured(self, module: str, **values: float) -> None:
+        """Add numbers of your own about a module at the step in progress, if it is a sampled one.
+
+        They are found where normscope's own are: `record.series("MODULE/mine", NAME)`. Call it within the step, from a
+        hook or the loop, before the optimizer's step, once for each module.
+
+        Args:
+            module: path of the module, as "layer1.conv"; "" for the whole model.
+            values: the numbers, by name.
+
+        What is not a single number is an ArgumentError.
+        """
+        if self._closed or not self._session.active or not values:
+            return
+        self._session.tell(module, {name: float(_number(name, value)) for name, value in values.items()})
+
     def record(self) -> Record:
         """Return what has been recorded so far."""
         if not self._closed:

@@ -113,6 +113,7 @@ class Session:
         self._stream = Stream()
         self._forward_batch = 0  # samples in the last forward pass of training
         self._trained = 0  # samples in all of them
+        self._mine: set[str] = set()  # sites of the user's own numbers
         self._ends: set[str] = set()  # sites of the whole model that the record knows
         self._sites = {} if earlier is None else dict(earlier.sites)  # of the run before it was resumed
         self._order = len(self._sites)
@@ -238,6 +239,14 @@ class Session:
             self._told |= set(known)
             self._last_row.update(known)
             self._write_again(self._last_row)
+
+    def tell(self, module: str, values: Mapping[str, float]) -> None:
+        """Write numbers of the user's own about a module at this step."""
+        site = str(Site(module, 0, "mine"))
+        if site not in self._sites and site not in self._mine:
+            self._mine.add(site)
+            self._on_site(site, {"module": module, "call": 0, "slot": "mine"})
+        self.store.scalars(self.step, site, "train", "value", tuple(values), np.array([*values.values()]))
 
     def settle(self) -> None:
         """Wait for the eigenvalues that are being taken, and add them to what waits to be written."""
