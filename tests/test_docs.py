@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from normscope.cli.findings import page
+from normscope.diagnostics.explanation import explanations
+
 README = Path(__file__).parent.parent / "README.md"
 PAGES = (README, *sorted((README.parent / "reports" / "guide").glob("*.md")))
 BLOCKS = {
@@ -34,3 +37,15 @@ def test_a_block_runs(name, tmp_path):
         check=False,
     )
     assert found.returncode == 0, found.stderr
+
+
+def test_the_page_of_findings_is_what_is_explained():
+    text = (README.parent / "reports" / "guide" / "findings.md").read_text()
+    assert text == page(), "run: normscope findings --markdown > reports/guide/findings.md"
+    assert re.findall(r"^### (.*)", text, flags=re.MULTILINE) == list(explanations())
+
+
+def test_links_and_pictures_of_the_pages_exist():
+    for file in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)|src=\"([^\":]+)\"", file.read_text()):
+            assert (file.parent / "".join(target)).exists(), f"{file}: {target}"
