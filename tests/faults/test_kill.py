@@ -98,7 +98,7 @@ def test_every_acknowledged_step_survives(tmp_path, run):
             assert after.context["step"].unique().tolist() == [*steps, *range(len(steps), len(steps) + 4)]
             assert "closed" in after.runs[0]
     print(f"{KILLS} kills after {min(counts)} to {max(counts)} steps")
-    assert len(set(counts)) > KILLS // 4  # they were killed at different moments
+    assert len(set(counts)) > min(KILLS, 20) // 4  # they were killed at different moments
 
 
 def test_a_killed_run_is_read_without_its_shared_memory_file(tmp_path):
