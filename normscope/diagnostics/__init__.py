@@ -178,8 +178,8 @@ def _judge(diagnostic: Diagnostic, record: Record) -> list[Finding]:
                 id=id_of(diagnostic),
                 verdict=Verdict.UNDECIDED,
                 message=f"This diagnostic failed on this record: {type(error).__name__}: {error}",
-                cause="A bug in normscope, or a record that it did not expect.",
-                remedy="Please report it with the record; the other findings stand.",
+                cause="A bug in the diagnostic, or a record that it did not expect.",
+                remedy="If it is one of normscope, please report it with the record; the other findings stand.",
                 source="huang2020",
             )
         ]
