@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from analyses import CHAPTERS, SCRIPTS
-from analyses.driver import produce
+from analyses.driver import produce, stale
 from analyses.gallery import tally, write_gallery
 from normscope.core.errors import NormscopeError, unknown_name
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m analyses", description="Regenerate the survey's analysis figures.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    listing = commands.add_parser("list", help="list the figures, with the verdicts of those that ran")
+    listing = commands.add_parser("list", help="list the figures with their verdicts, and what is stale")
     some = commands.add_parser("run", help="run some figures")
     some.add_argument("ids", nargs="+", metavar="ID", help="as SI-1")
     every = commands.add_parser("all", help="run all figures")
@@ -77,7 +77,8 @@ def _list(out: Path) -> int:
         if scripts:
             print(f"\n{chapter}")
         for script in scripts:
-            print(f"  {script.ID:<6} {script.TITLE}{tally(out, script.ID)}")
+            old = ", stale: computed by other code or in another setting" if stale(script, out) else ""
+            print(f"  {script.ID:<6} {script.TITLE}{tally(out, script.ID)}{old}")
     return 0
 
 

@@ -75,7 +75,7 @@ def units(script: ModuleType, *, fast: bool, seeds: int) -> tuple[Unit, ...]:
 
 
 def compute(unit: Unit, out: Path) -> None:
-    """Compute a unit with torch's seed set and one thread, and put the frame and the seconds it took into the cache.
+    """Compute a unit with torch's seed set and one thread; cache the frame with its seconds, by the clock and of CPU.
 
     Args:
         unit: the unit.
@@ -84,14 +84,14 @@ def compute(unit: Unit, out: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(unit.seed)
     script: Script = importlib.import_module(unit.module)
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     frame = script.run(unit.setting, unit.seed)
-    seconds = time.perf_counter() - begin
+    taken = (time.perf_counter() - begin, time.process_time() - used)
     frame.insert(0, "seed", unit.seed)
     path = unit.cached(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_bytes(pickle.dumps((frame, seconds)))
+    unfinished.write_bytes(pickle.dumps((frame, *taken)))
     unfinished.replace(path)
 
 
@@ -172,7 +172,7 @@ def write(script: ModuleType, group: Sequence[Unit], out: Path, *, fast: bool) -
         fast: whether in the fast setting.
     """
     loaded = [pickle.loads(unit.cached(out).read_bytes()) for unit in group]
-    frame = pd.concat([part for part, _ in loaded], ignore_index=True)
+    frame = pd.concat([part for part, _, _ in loaded], ignore_index=True)
     folder = out / script.ID
     folder.mkdir(parents=True, exist_ok=True)
     claims = [asdict(claim) for claim in script.claims(frame)]
@@ -183,7 +183,8 @@ def write(script: ModuleType, group: Sequence[Unit], out: Path, *, fast: bool) -
         "fast": fast,
         "seeds": [unit.seed for unit in group],
         "threads": 1,
-        "seconds": round(sum(seconds for _, seconds in loaded), 1),
+        "seconds": round(sum(seconds for _, seconds, _ in loaded), 1),
+        "cpu_seconds": round(sum(seconds for _, _, seconds in loaded), 1),
         "key": group[0].key,
         "versions": versions(),
         "revision": revision(),
@@ -194,6 +195,23 @@ def write(script: ModuleType, group: Sequence[Unit], out: Path, *, fast: bool) -
         canvas = Canvas(layout="constrained")
         script.draw(frame, canvas)
         save(canvas, folder / "figure.png")
+
+
+def stale(script: ModuleType, out: Path) -> bool:
+    """Return whether a report was computed by other code, or in another setting, than a run would use now.
+
+    Args:
+        script: the script.
+        out: folder of the reports; that of the script may be missing, which is not stale.
+
+    Returns:
+        True where it is out of date.
+    """
+    path = out / script.ID / "provenance.json"
+    if not path.exists():
+        return False
+    provenance = json.loads(path.read_text(encoding="utf-8"))
+    return bool(provenance["key"] != units(script, fast=provenance["fast"], seeds=1)[0].key)
 
 
 def versions() -> dict[str, str]:

@@ -1,15 +1,29 @@
-"""The version of the code that a result depends on: a hash of its script and of every file that the script imports."""
+"""The version of the code that a result depends on: a hash of every definition that computing it can reach."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# what these define changes the picture or the verdict, never the numbers
-_SHOWN = {"TITLE", "SOURCES", "CAPTION", "claims", "draw"}
+# what computes the numbers; the other names of a script judge and draw them
+_ROOTS = ("setting", "run")
+_ALL = "*"
+# statements that bind nothing run whenever a module is loaded
+_LOADED = ""
+_FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """The top level of a file: its statements by the name they bind, and where its imported names come from."""
+
+    bound: dict[str, list[ast.stmt]]
+    imported: dict[str, tuple[str, str]]
 
 
 def code_version(script: Path) -> str:
@@ -19,52 +33,119 @@ def code_version(script: Path) -> str:
         script: path of the script.
 
     Returns:
-        Sixteen hexadecimal digits; editing a caption, a claim or the drawing leaves them as they are.
+        Sixteen hexadecimal digits. Captions, claims, drawing, docstrings, annotations and whatever `setting` and `run`
+        cannot reach leave them as they are.
     """
-    digest = hashlib.sha256(ast.dump(_computing(script)).encode())
-    for path in sorted(_closure(script)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    dumps = {dump for path, name in reached(script) for dump in _dumps(path, name)}
+    return hashlib.sha256("\n".join(sorted(dumps)).encode()).hexdigest()[:16]
 
 
-def _computing(script: Path) -> ast.Module:
-    tree = ast.parse(script.read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body[1:] if not _names(node) & _SHOWN]
-    return tree
+def reached(script: Path) -> set[tuple[Path, str]]:
+    """Follow the names that a script's computation uses, through normscope and the chapters' own modules.
 
+    Args:
+        script: path of the script.
 
-def _names(node: ast.stmt) -> set[str]:
-    if isinstance(node, ast.FunctionDef):
-        return {node.name}
-    if isinstance(node, ast.Assign):
-        return {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return set()
-
-
-def _closure(script: Path) -> set[Path]:
-    """Follow the imports of normscope and of the chapters' own modules; the frame changes no number."""
-    found: set[Path] = set()
-    waiting = [*_imports(script)]
+    Returns:
+        Files and names of the definitions in them; a name of a class stands for all of it.
+    """
+    found: set[tuple[Path, str]] = set()
+    waiting = [(script, name) for name in _ROOTS]
     while waiting:
-        path = waiting.pop()
-        if path not in found:
-            found.add(path)
-            waiting += _imports(path)
-    return found - {script}
+        at = waiting.pop()
+        if at not in found:
+            found.add(at)
+            waiting += [(at[0], _LOADED), *_uses(*at)]
+    return found
 
 
 @functools.cache
-def _imports(path: Path) -> tuple[Path, ...]:
-    """Return the files that a file imports, those under TYPE_CHECKING too: the public face resolves them when used."""
-    found: list[Path | None] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def _dumps(path: Path, name: str) -> tuple[str, ...]:
+    return tuple(ast.dump(statement) for statement in _module(path).bound.get(name, ()))
+
+
+@functools.cache
+def _uses(path: Path, name: str) -> tuple[tuple[Path, str], ...]:
+    """Return what the definition of a name uses, or what an imported name stands for."""
+    module = _module(path)
+    if name == _ALL:
+        return tuple((path, every) for every in (*module.bound, *module.imported))
+    if name in module.imported:
+        return tuple(_resolved(*module.imported[name]))
+    chains = [chain for statement in module.bound.get(name, ()) for chain in _chains(statement)]
+    return tuple(at for chain in chains for at in _followed(path, chain))
+
+
+def _chains(node: ast.AST) -> Iterator[list[str]]:
+    """Yield names with their attributes, as ["norms", "build"]."""
+    names: list[str] = []
+    inner = node
+    while isinstance(inner, ast.Attribute):
+        names.insert(0, inner.attr)
+        inner = inner.value
+    if isinstance(inner, ast.Name):
+        yield [inner.id, *names]
+    else:
+        for child in ast.iter_child_nodes(inner):
+            yield from _chains(child)
+
+
+def _followed(path: Path, chain: list[str]) -> Iterator[tuple[Path, str]]:
+    """Yield the definition that a chain names: modules are passed through, a module by itself is all it has."""
+    module, (first, *rest) = _module(path), chain
+    if first in module.bound:
+        yield path, first
+        return
+    dotted, name = module.imported.get(first, ("", ""))
+    while name == _ALL and rest:
+        name, *rest = rest
+        if _file(f"{dotted}.{name}"):
+            dotted, name = f"{dotted}.{name}", _ALL
+    yield from _resolved(dotted, name)
+
+
+def _resolved(dotted: str, name: str) -> Iterator[tuple[Path, str]]:
+    path = _file(dotted)
+    if path is not None:
+        yield path, name
+
+
+@functools.cache
+def _module(path: Path) -> _Module:
+    """Read a file, with imports under TYPE_CHECKING: the public face resolves these names when they are used."""
+    tree = _Bare().visit(ast.parse(path.read_text(encoding="utf-8")))
+    module = _Module({}, {})
+    for statement in tree.body:
+        imports = [node for node in ast.walk(statement) if isinstance(node, ast.Import | ast.ImportFrom)]
+        if imports and not isinstance(statement, (*_FUNCTION, ast.ClassDef)):
+            module.imported.update(pair for node in imports for pair in _imports(node))
+        else:
+            for name in _names(statement):
+                module.bound.setdefault(name, []).append(statement)
+    return module
+
+
+def _names(statement: ast.stmt) -> list[str]:
+    if isinstance(statement, (*_FUNCTION, ast.ClassDef)):
+        return [statement.name]
+    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+    return [_LOADED]
+
+
+def _imports(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield each name that an import binds, with its module and its name there."""
+    for alias in node.names:
         if isinstance(node, ast.Import):
-            found += [_file(alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [_file(f"{node.module}.{alias.name}") or _file(node.module) for alias in node.names]
-    return tuple(path for path in found if path is not None)
+            name = alias.name if alias.asname else alias.name.partition(".")[0]
+            yield alias.asname or name, (name, _ALL)
+        elif node.module:
+            inner = f"{node.module}.{alias.name}"
+            yield alias.asname or alias.name, (inner, _ALL) if _file(inner) else (node.module, alias.name)
 
 
+@functools.cache
 def _file(name: str) -> Path | None:
     """Return the file of a module of normscope or of a chapter, else None."""
     top, *rest = name.split(".")
@@ -72,3 +153,20 @@ def _file(name: str) -> Path | None:
         return None
     base = ROOT.joinpath(*name.split("."))
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+
+
+class _Bare(ast.NodeTransformer):
+    """Take away docstrings and annotations, which compute nothing."""
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        """Strip one node, after those in it."""
+        self.generic_visit(node)
+        if isinstance(node, (ast.Module, ast.ClassDef, *_FUNCTION)) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:]
+        if isinstance(node, _FUNCTION):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        if isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+        return node

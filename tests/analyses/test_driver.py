@@ -43,6 +43,7 @@ def test_a_run_writes_a_folder_a_figure(out):
         assert provenance["seeds"] == [0, 1, 2]
         assert provenance["versions"]["torch"]
         assert provenance["setting"]
+        assert provenance["cpu_seconds"] >= 0.0
 
 
 def test_what_is_cached_is_not_computed_again(out, monkeypatch):
@@ -109,6 +110,16 @@ def test_list_shows_titles_and_verdicts(out, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if "SC-1 " in line).endswith(": 4 reproduced")
     assert [line for line in lines if line.strip().startswith("SI-1 ")]
+
+
+def test_list_tells_what_is_stale(out, tmp_path, capsys):
+    (tmp_path / "SC-1").mkdir()
+    for name in ("claims.json", "provenance.json"):
+        text = (out / "SC-1" / name).read_text()
+        (tmp_path / "SC-1" / name).write_text(re.sub(r'"key": "\w+"', '"key": "0"', text))
+    assert main(["list", "--out", str(tmp_path)]) == 0
+    stale = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "stale" in line]
+    assert stale == ["SC-1"]
 
 
 def test_units_differ_by_setting(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import analyses
 from analyses.claim import VERDICTS
 from analyses.script import Script
-from analyses.version import code_version
+from analyses.version import code_version, reached
 from normscope.core.source import cite
 
 REPORTS = Path(analyses.__file__).parent.parent / "reports"
@@ -64,16 +64,50 @@ def test_a_committed_report_is_whole_and_its_claims_are_judged(script):
     assert header == ",".join(("seed", *script.COLUMNS))
 
 
-def test_the_code_version_knows_captions_from_computation(tmp_path):
-    text = (
-        '"""SI-0: a."""\nfrom normscope import workbench\nCAPTION = "a"\nRATE = 1\ndef draw(frame, canvas):\n    pass\n'
-    )
+TOLD = '''"""SI-0: a."""
+from normscope import workbench
+CAPTION = "a"
+RATE = 1
+def setting(fast):
+    return RATE
+def run(setting, seed):
+    """Return."""
+    return workbench.mnist()
+def claims(frame):
+    return helper(frame)
+def helper(frame: object):
+    return frame
+'''
 
-    def version(changed):
-        path = tmp_path / "script.py"
-        path.write_text(changed)
-        return code_version(path)
 
-    assert version(text) == version(text.replace('CAPTION = "a"', 'CAPTION = "b"').replace("    pass", "    return"))
-    assert version(text) != version(text.replace("RATE = 1", "RATE = 2"))
-    assert version(text) != version(text.replace("import workbench", "import norms"))
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ('CAPTION = "a"', 'CAPTION = "b"', True),
+        ("return helper(frame)", "return 1", True),
+        ("    return frame", "    return 2", True),
+        ("Return.", "Return a frame.", True),
+        ("(setting, seed)", "(setting: int, seed: int) -> object", True),
+        ("RATE = 1", "RATE = 2", False),
+        ("import workbench", "import norms as workbench", False),
+        ("workbench.mnist", "workbench.text", False),
+        ("return RATE", "return helper(RATE)", False),
+    ],
+)
+def test_the_code_version_knows_what_computes(tmp_path, old, new, same):
+    assert old in TOLD
+    versions = []
+    for name, text in (("before", TOLD), ("after", TOLD.replace(old, new))):
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        versions.append(code_version(path))
+    assert (versions[0] == versions[1]) == same
+
+
+def test_the_code_version_follows_names_not_files():
+    found = reached(Path(analyses.SCRIPTS["ST-2"].__file__))
+    names = {(path.relative_to(REPORTS.parent).as_posix(), name) for path, name in found}
+    assert ("normscope/probes/disturbance.py", "snd") in names, "through the lazy public face"
+    assert ("normscope/norms/operation.py", "Standardize") in names, "through what a package imports"
+    assert not {path for path, _ in names if path.startswith(("normscope/scope", "normscope/report"))}
+    assert ("analyses/stochasticity/st_02_batch_size.py", "draw") not in names
