@@ -4,43 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import median
 
 import pandas as pd
 
-REPRODUCED, PARTLY, NOT_REPRODUCED = "reproduced", "partly", "not reproduced"
-UNTESTABLE = "not testable at this scale"
-VERDICTS = (REPRODUCED, PARTLY, NOT_REPRODUCED, UNTESTABLE)
+from normscope.core.gallery import VERDICTS, Claim
 
+REPRODUCED, PARTLY, NOT_REPRODUCED, UNTESTABLE = VERDICTS
 
-@dataclass(frozen=True)
-class Claim:
-    """One claim and its verdict, as claims.json holds it.
-
-    Attributes:
-        statement: the claim, one sentence.
-        source: key of the bibliography, then where in the work: "ba2016, table 1", "S129, equilibrium of SGD".
-        statistic: what was computed for each seed, in words or as a formula.
-        expected: the expected value, or a bound as ">= 2".
-        tolerance: largest absolute distance from an expected value, 0 for a bound.
-        measured: the median over seeds.
-        spread: the largest minus the smallest over seeds.
-        seeds: number of seeds.
-        verdict: one of `VERDICTS`.
-        reason: why the claim was not reproduced in full, "" where it was.
-    """
-
-    statement: str
-    source: str
-    statistic: str
-    expected: float | str
-    tolerance: float
-    measured: float
-    spread: float
-    seeds: int
-    verdict: str
-    reason: str = ""
+__all__ = ["VERDICTS", "Claim", "at_least", "at_most", "by_seed", "equal", "untestable"]
 
 
 def equal(

@@ -10,7 +10,11 @@ from typing import Any
 
 from analyses import CHAPTERS
 from analyses.claim import VERDICTS
+from analyses.survey import FIGURES
+from analyses.version import ROOT
 from normscope.core.source import cite
+
+DATA = ROOT / "normscope/core/data/figures.json"  # what the installed package knows of the committed reports
 
 _INTRODUCTION = """\
 # The survey's analysis figures
@@ -24,7 +28,7 @@ the claims and what they were computed with.
 
 
 def write_gallery(out: Path) -> Path:
-    """Write README.md for every figure that lies in a folder.
+    """Write README.md for every figure that lies in a folder; of the committed reports, the package's data as well.
 
     Args:
         out: folder of the reports.
@@ -41,7 +45,34 @@ def write_gallery(out: Path) -> Path:
     path = out / "README.md"
     out.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts), encoding="utf-8")
+    if out.resolve() == (ROOT / "reports").resolve():
+        DATA.write_text(data(out), encoding="utf-8")
     return path
+
+
+def data(out: Path) -> str:
+    """Return what `normscope figures` shows of the figures that lie in a folder, a line for each.
+
+    Args:
+        out: folder of the reports.
+
+    Returns:
+        JSON: `[{id, chapter, title, caption, sources, names, claims}]`.
+    """
+    rows = [_row_of(out, chapter, s) for chapter, scripts in CHAPTERS.items() for s in scripts if _claims(out, s.ID)]
+    return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
+
+
+def _row_of(out: Path, chapter: str, script: ModuleType) -> dict[str, Any]:
+    return {
+        "id": script.ID,
+        "chapter": chapter,
+        "title": script.TITLE,
+        "caption": script.CAPTION,
+        "sources": script.SOURCES,
+        "names": [name for name, ids in FIGURES.items() if script.ID in ids],
+        "claims": _claims(out, script.ID),
+    }
 
 
 def tally(out: Path, id: str) -> str:

@@ -113,7 +113,8 @@ def _resolved(dotted: str, name: str) -> Iterator[tuple[Path, str]]:
 @functools.cache
 def _module(path: Path) -> _Module:
     """Read a file, with imports under TYPE_CHECKING: the public face resolves these names when they are used."""
-    tree = _Bare().visit(ast.parse(path.read_text(encoding="utf-8")))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    _Bare().visit(tree)
     module = _Module({}, {})
     for statement in tree.body:
         imports = [node for node in ast.walk(statement) if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -153,6 +153,7 @@ def test_right_of_the_record_needs_no_torch():
         "    module = importlib.import_module('normscope.' + package)\n"
         "    for item in pkgutil.walk_packages(module.__path__, module.__name__ + '.'):\n"
         "        importlib.import_module(item.name)\n"
-        "for name in ('report', 'catalog', 'watch', 'findings'): importlib.import_module('normscope.cli.' + name)\n"
+        "for name in ('report', 'catalog', 'figures', 'watch', 'findings'):\n"
+        "    importlib.import_module('normscope.cli.' + name)\n"
     )
     assert found.returncode == 0, found.stderr

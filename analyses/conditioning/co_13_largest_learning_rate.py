@@ -126,7 +126,7 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
         style.curve(best, part[part["lr"] == rate], "step", "loss", name=f"{network}, $\\eta$ = {rate:g}", index=index)
     style.rule(final, GUESS, "guessing, log 10")
     final.set(xscale="log", yscale="log", ylim=(0.08, 100))
-    best.set_yscale("log")
+    style.logarithmic(best)
     for ax in (final, best):
         ax.legend()
     style.label(final, "after 150 steps", r"learning rate $\eta$", "training loss (nats)")

@@ -154,7 +154,8 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
     gammas = sorted(part["gamma"].unique())
     largest.set(xscale="log", yscale="log", xticks=gammas, xticklabels=[f"{gamma:g}" for gamma in gammas])
     largest.minorticks_off()
-    loss.set(xscale="log", yscale="log")
+    loss.set_xscale("log")
+    style.logarithmic(loss)
     for ax in (largest, loss):
         ax.legend()
     style.label(largest, "sharpness at initialization", r"scale $\gamma$ of BatchNorm", r"$\lambda_{\max}(F)$")

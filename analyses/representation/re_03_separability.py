@@ -116,7 +116,7 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
         part = frame[frame["method"] == method]
         style.curve(ax, part, "groups", "accuracy", name=method, index=index, points=True)
     ax.axhline(frame.loc[frame["method"] == NONE, "accuracy"].median(), color=style.color(2), ls=":", label=NONE)
-    ax.axvline(_BOUND, color="#c62828", linewidth=0.8, linestyle=":")
+    style.limit(ax, _BOUND, "bound of group whitening")
     ax.set_xscale("log", base=2)
     ticks = sorted(set(frame["groups"]) - {0})
     ax.set_xticks(ticks, [str(tick) for tick in ticks])

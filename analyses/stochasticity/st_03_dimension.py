@@ -127,6 +127,6 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.legend(ncols=2)
-    disturbance.set_ylim(0.012, 5)
+    disturbance.set_ylim(0.012, 12)
     style.label(disturbance, "disturbance at $B$ = 1024", "features $d$", "SND / $\\sqrt{d}$")
     style.label(defect, "distance from white", "features $d$", "$\\|W\\Sigma W^T - I\\|_F / \\sqrt{d}$")

@@ -22,6 +22,7 @@ COMMANDS = (
     ("report", "judge a run and write its page, or print its findings as JSON"),
     ("explain", "tell what made the loss of a run jump: which tensors moved first, why, and what to do"),
     ("watch", "show a run in the terminal while it grows"),
+    ("figures", "list the survey's analysis figures and what became of the literature's claims, or show one"),
     ("catalog", "list the works of the survey and what of each is here"),
 )
 _EPILOG = """\

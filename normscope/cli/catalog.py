@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import shutil
 import textwrap
 from itertools import groupby
 from typing import Any
 
+from normscope.cli.figures import text_width
+from normscope.cli.outline import show
 from normscope.core.survey import catalog
 
 
@@ -24,6 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print the activation normalizations instead: area, operation, recovery, population of each "
         "(as JSON with --json)",
     )
+    parser.add_argument(
+        "--section",
+        nargs="?",
+        const="",
+        metavar="NUMBER",
+        help="walk a section of the survey, as 2.2: its works, what provides them, and what became of their claims; "
+        "without a number print the outline",
+    )
     parser.add_argument("--status", choices=("done", "planned"), help="only works with something of this status")
 
 
@@ -31,13 +40,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the catalog."""
     if arguments.norms:
         return _print_norms(as_json=arguments.json)
+    if arguments.section is not None:
+        return show(arguments.section, status=arguments.status, as_json=arguments.json, width=text_width())
     works: list[dict[str, Any]] = catalog()
     if arguments.status:
         works = [work for work in works if any(item["status"] == arguments.status for item in work["provides"])]
     if arguments.json:
         print(json.dumps(works, indent=1))
         return 0
-    width = max(40, min(shutil.get_terminal_size().columns, 120))
+    width = text_width()
     for (chapter, section), group in groupby(works, key=lambda work: (work["chapter"], work["section"])):
         print(f"\n{chapter}: {section}")
         for work in group:

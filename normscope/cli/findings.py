@@ -8,6 +8,7 @@ import shutil
 import textwrap
 from itertools import groupby
 
+from normscope.core.illustration import illustrations
 from normscope.diagnostics.explanation import SUBJECTS, Explanation, explain, explanations
 
 
@@ -82,6 +83,7 @@ def _told(item: Explanation, width: int) -> str:
         ("threshold", f"{number}{item.compared}"),
         ("from", item.origin),
         ("read", str(item.source)),
+        *(("see", f"figure {f.id}: {f.title}; {f.shows} ({f.command})") for f in illustrations(item.id)),
     )
     indent = " " * 11
     lines = [

@@ -181,6 +181,11 @@ PROVIDED: dict[str, str] = {
 }
 
 
+# of names "figure:...", all of which are regenerated
+_FIGURES = "normscope.core.gallery:named"
+_CHAPTERS = {"1": "Methodology", "2": "Analysis", "3": "Application"}
+
+
 @dataclass(frozen=True)
 class Work:
     """One work of the survey, as the catalog lists it.
@@ -226,6 +231,40 @@ def _work(row: dict[str, str]) -> Work:
     return Work(**fields, year=int(row["year"]), provides=tuple(row["provides"].split()))
 
 
+@dataclass(frozen=True)
+class Section:
+    """A numbered part of the survey's outline.
+
+    Attributes:
+        number: as "2.2"; "2" is a chapter.
+        title: its title.
+        works: its works, those of the sections in it included.
+    """
+
+    number: str
+    title: str
+    works: tuple[Work, ...]
+
+
+@functools.cache
+def outline() -> tuple[Section, ...]:
+    """Return the chapters and sections of the survey in their order.
+
+    >>> [(section.number, len(section.works)) for section in outline() if section.number.startswith("2")]
+    [('2', 43), ('2.1', 18), ('2.2', 16), ('2.3', 7), ('2.4', 2)]
+    """
+    titles: dict[str, str] = {}
+    for work in works():
+        chapter, section = work.number[0], work.number[:3]
+        titles.setdefault(chapter, _CHAPTERS[chapter])
+        titles.setdefault(section, work.section)
+        titles.setdefault(work.number, work.subsection)
+    return tuple(
+        Section(number, title, tuple(work for work in works() if f"{work.number}.".startswith(f"{number}.")))
+        for number, title in titles.items()
+    )
+
+
 def catalog() -> list[dict[str, object]]:
     """Return the public JSON form of the catalog.
 
@@ -233,18 +272,21 @@ def catalog() -> list[dict[str, object]]:
         A list of `{id, chapter, section, title, year, provides: [{name, object, status}]}`, one per work; `object` is
         an import path "package.module:object" and `status` "done", or they are None and "planned".
     """
-    return [
-        {
-            "id": work.id,
-            "chapter": work.chapter,
-            "section": work.section,
-            "title": work.title,
-            "year": work.year,
-            "provides": [_provision(name) for name in work.provides],
-        }
-        for work in works()
-    ]
+    return [entry(work) for work in works()]
+
+
+def entry(work: Work) -> dict[str, object]:
+    """Return the public JSON form of one work, as a row of `catalog`."""
+    return {
+        "id": work.id,
+        "chapter": work.chapter,
+        "section": work.section,
+        "title": work.title,
+        "year": work.year,
+        "provides": [_provision(name) for name in work.provides],
+    }
 
 
 def _provision(name: str) -> dict[str, str | None]:
-    return {"name": name, "object": PROVIDED.get(name), "status": "done" if name in PROVIDED else "planned"}
+    found = PROVIDED.get(name, _FIGURES if name.startswith("figure:") else None)
+    return {"name": name, "object": found, "status": "planned" if found is None else "done"}

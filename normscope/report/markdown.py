@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from normscope.core.finding import Finding
+from normscope.core.illustration import illustrations
 from normscope.core.record import Record
 from normscope.core.table import SYMBOLS, count, counted, printable
 from normscope.report.layers import COLUMNS, layers
@@ -62,6 +63,11 @@ def _finding(finding: Finding) -> list[str]:
     told = (("Cause", _text(finding.cause)), ("Remedy", _text(finding.remedy)), ("Source", _cited(finding.source)))
     for word, text in told:
         lines += ["", f"**{word}.** {text}"] if text else []
+    for figure in illustrations(finding.id):
+        lines += [
+            "",
+            f"**Figure {figure.id}.** {_text(figure.title)}: {_text(figure.shows)} ({_code(figure.command)}).",
+        ]
     return [*lines, ""]
 
 

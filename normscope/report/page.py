@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from normscope.core.figure import Figure
 from normscope.core.finding import Finding
+from normscope.core.illustration import illustrations
 from normscope.core.record import Record
 from normscope.core.table import SYMBOLS, count, counted, printable
 from normscope.figures import OVERVIEW, figure_for
@@ -136,7 +137,7 @@ def environment() -> Environment:
         finalize=_visible,
     )
     made.globals.update(SYMBOLS=SYMBOLS, count=count)
-    made.filters.update(breakable=breakable, number=number, source=source, words=words)
+    made.filters.update(breakable=breakable, illustrations=illustrations, number=number, source=source, words=words)
     return made
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from normscope.core.errors import StoreError
 from normscope.core.finding import Finding, worst_first
+from normscope.core.illustration import illustrations
 from normscope.core.record import Record
 from normscope.report.markdown import markdown
 from normscope.report.page import page
@@ -68,5 +69,9 @@ def write_texts(texts: Mapping[Path, str]) -> None:
 
 
 def findings_json(findings: Sequence[Finding]) -> str:
-    """Return the public JSON form of findings, in the order given; strict JSON, whatever the numbers."""
-    return json.dumps([finding.as_dict() for finding in findings], indent=1, allow_nan=False, default=int) + "\n"
+    """Return the public JSON form of findings, in the order given; strict JSON, whatever the numbers.
+
+    Besides `Finding.as_dict`, `figures` has the ids of the survey's figures that show the effect.
+    """
+    rows = [finding.as_dict() | {"figures": [f.id for f in illustrations(finding.id)]} for finding in findings]
+    return json.dumps(rows, indent=1, allow_nan=False, default=int) + "\n"

@@ -9,7 +9,7 @@ import pytest
 import analyses
 from analyses.__main__ import main
 from analyses.driver import produce, units, write
-from analyses.gallery import write_gallery
+from analyses.gallery import DATA, data, write_gallery
 
 CHEAP = ("SC-1", "SI-11")
 
@@ -103,6 +103,13 @@ def test_the_gallery_shows_what_lies_there(out):
     claims = json.loads((out / "SI-11" / "claims.json").read_text())["claims"]
     for claim in claims:
         assert claim["statement"] in text
+
+
+def test_the_data_of_the_package_are_those_of_the_committed_reports(out):
+    committed = DATA.read_text(encoding="utf-8")
+    assert committed == data(DATA.parents[3] / "reports"), "write them anew: python -m analyses gallery"
+    write_gallery(out)
+    assert DATA.read_text(encoding="utf-8") == committed, "other reports leave them alone"
 
 
 def test_list_shows_titles_and_verdicts(out, capsys):

@@ -28,11 +28,13 @@ def test_one_is_explained(monkeypatch, capsys):
     lines = text.splitlines()
     assert lines[0] == "noise.small-batch"
     heads = [line.split()[0] for line in lines[2:] if not line.startswith(" ")]
-    assert heads == ["tells", "why", "mend", "threshold", "from", "read"]
+    assert heads == ["tells", "why", "mend", "threshold", "from", "read", "see", "see"]
     flat = " ".join(text.split())
     assert "threshold 0.5: how far an output moves with its batch, relative to its size" in flat
     assert "sqrt(3 / (2 n))" in flat
     assert "https://arxiv.org/abs/1702.03275" in flat
+    assert "see figure ST-2: Stochastic disturbance by batch size; how far an output moves" in flat
+    assert "(normscope figures ST-2)" in flat
 
 
 def test_an_unknown_id_fails_with_the_closest(capsys):

@@ -7,6 +7,7 @@ import pytest
 
 from normscope.core.errors import StoreError
 from normscope.core.finding import Finding, Verdict, worst_first
+from normscope.core.illustration import illustrations
 from normscope.report import write_report
 from tests.report.records import Run, findings_of
 
@@ -32,7 +33,10 @@ def test_the_json_is_the_public_form_worst_first(record, tmp_path):
     findings = findings_of(record)[::-1]
     path = write_report(record, findings, tmp_path)
     read = json.loads((path.parent / "findings.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    figures = [row.pop("figures") for row in read]
     assert read == [json.loads(json.dumps(f.as_dict())) for f in worst_first(findings)]
+    assert figures == [[figure.id for figure in illustrations(row["id"])] for row in read]
+    assert any(figures)
     assert list(read[0])[:5] == ["id", "verdict", "run", "site", "step"]
 
 
@@ -55,3 +59,14 @@ def test_only_the_last_folder_is_created(record, tmp_path):
     with pytest.raises(StoreError, match=r"no/such' lies in no folder: .*no does not exist; create that first"):
         write_report(record, [], tmp_path / "no" / "such" / "page.html")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", ["html", "md"])
+def test_a_finding_names_the_figure_that_shows_its_effect(record, ending, tmp_path):
+    finding = Finding("conditioning.rank-collapse", Verdict.WARNING, "The rank falls.")
+    write_report(record, [finding], tmp_path)
+    text = (tmp_path / f"report.{ending}").read_text(encoding="utf-8")
+    assert "CO-16" in text
+    assert "Batch normalization avoids the collapse of rank with depth" in text
+    assert "without normalization the rank falls to 1 with depth" in text
+    assert "normscope figures CO-16" in text
