@@ -92,15 +92,9 @@ def figure_lines(item: Reproduction, width: int) -> list[str]:
     Returns:
         The lines.
     """
-    lines = [textwrap.shorten(f"{item.id:<6} {item.title}", width - 2, placeholder=" …")]
-    for claim in item.claims:
-        begin = f"         {_short(claim.verdict):<15} "
-        lines.append(begin + textwrap.shorten(claim.statement, max(width - len(begin), 20), placeholder=" …"))
-    return [f"  {lines[0]}", *lines[1:]]
-
-
-def _short(verdict: str) -> str:
-    return verdict.removesuffix(" at this scale")
+    rows = [(f"  {item.id:<6} ", item.title)]
+    rows += [(f"         {c.verdict.removesuffix(' at this scale'):<15} ", c.statement) for c in item.claims]
+    return [begin + textwrap.shorten(text, max(width - len(begin), 20), placeholder=" …") for begin, text in rows]
 
 
 def _told(item: Reproduction, width: int) -> str:
