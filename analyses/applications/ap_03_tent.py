@@ -157,7 +157,7 @@ def draw(frame: pd.DataFrame, canvas: Canvas) -> None:
             spread = [middle - low, high - middle]
             ax.bar(places, middle, 0.25, yerr=spread, color=color, label=method, error_kw={"linewidth": 0.8})
         ax.set_xticks(range(len(SHIFTS)), SHIFTS)
-    accuracies.set_ylim(0, 1.25)
+    accuracies.set(ylim=(0, 1.25), yticks=np.linspace(0, 1, 6))
     accuracies.legend(ncols=3, loc="upper center", columnspacing=0.8, handlelength=1.2)
     style.label(errors, "error by entropy", "fifth by entropy", "error")
     style.label(accuracies, "accuracy", "", "accuracy")
