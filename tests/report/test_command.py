@@ -9,6 +9,7 @@ import pytest
 
 from normscope.cli import main
 from normscope.cli import report as command
+from normscope.core.illustration import illustrations
 from normscope.core.reading import load
 from normscope.diagnostics import diagnose
 from tests.report.records import Run
@@ -53,6 +54,7 @@ def test_json_goes_to_standard_output_and_nothing_is_written(folder, capsys):
         file.unlink()
     assert main(["report", str(folder / "record.sqlite"), "--json"]) == 0
     read = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert all(row.pop("figures") == [figure.id for figure in illustrations(row["id"])] for row in read)
     assert read == [finding.as_dict() for finding in diagnose(load(folder))]
     assert not list(folder.glob("*.html"))
 
