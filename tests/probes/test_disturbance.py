@@ -90,7 +90,7 @@ def test_it_is_the_definition_written_out():
         (nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Dropout(0.5)), (6,)),
         (torch.tanh, (6,)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_exactly_zero_where_the_batch_does_not_matter(norm, shape):
     x = torch.randn(100, *shape, generator=torch.Generator().manual_seed(2))
