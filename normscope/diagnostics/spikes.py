@@ -214,7 +214,8 @@ def story(account: Account) -> str:
     if account.kind == "second-moment":
         return f"RMS_t reached {e['rms_t']:.3g} (threshold {metrics.STALE:g}) {when}, first at {names}."
     if account.kind == "attention":
-        return f"The weights of {names} had grown {_fold(e['weight_growth'])}, beyond {metrics.GREW:g} {when}."
+        logits = f" The largest logit went from {e['logit_before']:.3g} to {e['logit']:.3g}." if "logit" in e else ""
+        return f"The weights of {names} had grown {_fold(e['weight_growth'])}, beyond {metrics.GREW:g} {when}.{logits}"
     if account.kind == "schedule":
         where = "" if e["groups"] == e["of_groups"] else f" of {e['groups']} of {e['of_groups']} groups"
         first = f"; first to move: {names}" if names else ""

@@ -10,8 +10,8 @@ import pandas as pd
 
 from normscope.core.record import Record
 from normscope.core.robust import MIN_HISTORY, WINDOW
-from normscope.metrics import onset, tables
-from normscope.metrics.onset import BEFORE, IQR, LEAST, ONSET, Window
+from normscope.metrics import attention, onset, tables
+from normscope.metrics.onset import AFTER, BEFORE, IQR, LEAST, ONSET, Window
 
 # a jump of the loss is one of `FOLD`, and passes one of the pairs below: robust standard deviations of its logarithm,
 # and part of the loss at the start
@@ -243,7 +243,6 @@ def _group(record: Record, site: str) -> str:
 
 def _attention(record: Record, spike: Spike, found: Window, moved: pd.DataFrame) -> Shown | None:
     """Tell whether what makes queries and keys grew before."""
-    del record
     early = moved.index[moved["onset"] < spike.step] if len(moved) else moved.index
     mine = [site for site in early if QUERY_KEY.search(tables.module_of(site)) and not site.endswith("/bias")]
     if not mine:
@@ -255,7 +254,21 @@ def _attention(record: Record, spike: Spike, found: Window, moved: pd.DataFrame)
     if not high.iloc[-1].notna().any():
         return None
     sites = _largest(high, int(high.index[-1]))
-    return onset.first(high[list(sites)].notna().any(axis=1)), sites, {"weight_growth": float(high.iloc[-1].max())}
+    since = onset.first(high[list(sites)].notna().any(axis=1))
+    logits = _logits(record, sites[0], since, spike.last + AFTER)
+    return since, sites, {"weight_growth": float(high.iloc[-1].max()), **logits}
+
+
+def _logits(record: Record, site: str, since: int, last: int) -> dict[str, float | int | str]:
+    """Return the largest logit of the attention that a weight belongs to, before a step and from it to another."""
+    logits = attention.logits(record)
+    module = tables.module_of(site)
+    mine = [name for name in logits if module.startswith(f"{tables.module_of(str(name))}.")]
+    if not mine:
+        return {}
+    known = logits[mine[0]].dropna()
+    before, after = known.loc[: since - 1], known.loc[since:last]
+    return {"logit_before": float(before.iloc[-1]), "logit": float(after.max())} if len(before) and len(after) else {}
 
 
 def _second_moment(record: Record, spike: Spike, found: Window, moved: pd.DataFrame) -> Shown | None:

@@ -18,6 +18,7 @@ from normscope.core.table import Findings
 from normscope.linalg.problem import Problem
 from normscope.probes.hooks import Hooks
 from normscope.probes.ranks import whole
+from normscope.scope import terminate
 from normscope.scope.session import Session
 from normscope.scope.watch import Layers, ranks_of, unwrapped, watch
 
@@ -33,6 +34,8 @@ class Scope:
         self._session, self._hooks, self._path, self._summary = session, hooks, path, summary
         self._closed = False
         atexit.register(self._at_exit)
+        if path is not None:
+            terminate.close_on_terminate(self)
 
     @property
     def closed(self) -> bool:
@@ -118,11 +121,16 @@ class Scope:
             self._session.leave()
         self.close()
 
+    def end(self) -> None:
+        """Detach and write what waits, without a last measurement: for a process that is to go at once."""
+        self._close(measure=False)
+
     def _close(self, measure: bool) -> None:
         if self._closed:
             return
         self._closed = True
         atexit.unregister(self._at_exit)
+        terminate.closed(self)
         if self._session.forked:  # the record and the hooks are the parent's
             return
         self._hooks.remove()
@@ -166,9 +174,13 @@ def attach(
 
     Steps are counted by the optimizers' own step hooks. On sampled steps per-channel statistics of every layer's output
     and of its gradient, norms of weights, gradients and updates, and the state of normalization layers are recorded; on
-    every step the gradient norm. Training is bit-identical with and without. Under DistributedDataParallel, or after
-    fully_shard, attach on every rank: the first one writes the record, of all ranks' samples together, as one process
-    on the joined batch would; held batches, and what only some ranks measure, are the first one's.
+    every step the gradient norm. A flight recorder holds the norms of each parameter tensor, of its gradient and its
+    step, for the last 256 steps and those around a jump of the loss; see `normscope explain`. Training is bit-identical
+    with and without. A SIGTERM that nobody handles closes the record, and ends the process as it would have.
+
+    Under DistributedDataParallel, or after fully_shard, attach on every rank: the first one writes the record, of all
+    ranks' samples together, as one process on the joined batch would; held batches, and what only some ranks measure,
+    are the first one's.
 
     Args:
         model: the model.
