@@ -145,12 +145,13 @@ def not_finite(record: ns.Record) -> list[tuple[str, str]]:
     """List scalars that are NaN or infinite though every tensor was finite; the few that may be undefined excepted."""
     undefined = {"change", "kurtosis", "saturated", "drift", "gap", "batch", "training", "updates", "loss"}
     undefined |= {"cosine", "relative", "radial", "angle"}  # of a bias that is zero
-    undefined |= {"rms_t"}  # of an optimizer without a second moment
+    undefined |= {"rms_t", "damped"}  # without a second moment, or where all of it is zero
     return [
         (block.site, stat)
         for block in record.blocks
         for stat, column in zip(block.stats, block.values.T, strict=True)
-        if stat.partition(".")[0] not in undefined and not np.isfinite(column).all()
+        if stat.partition(".")[0] not in undefined
+        and not (np.isfinite(column) | (block.phase == "flight") & np.isnan(column)).all()  # NaN: it had no gradient
     ]
 
 

@@ -92,7 +92,7 @@ UNDECIDED = Rule(
     threshold_source=_MEASURED,
     source="wortsman2023",
     cause="No tensor had moved before it, and the gradient did not jump with it.",
-    remedy="",
+    remedy="Look at the batch of that step, and at what is done between steps.",
 )
 RULES = {
     rule.id.partition(".")[2]: rule
@@ -143,11 +143,8 @@ def undecided(record: Record) -> list[Finding]:
         return [] if accounts or not _known(record) else UNDECIDED.ok(f"No spike in {count(_known(record), 'step')}.")
     kept = mine[0].evidence.get("recorded_steps") != 0
     said = " ".join((headline(mine[0]), "Nothing that was recorded moved before it." if kept else _LOST))
-    remedy = (
-        "Look at the batch of that step, and at what is done between steps."
-        if kept
-        else "Attach with probes=None, or with 'flight' among them, from the first step on."
-    )
+    unkept = "Attach with probes=None, or with 'flight' among them, from the first step on."
+    remedy = UNDECIDED.remedy if kept else unkept
     return UNDECIDED.undecided(said, remedy, evidence=_evidence(mine))
 
 

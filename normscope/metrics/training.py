@@ -157,7 +157,7 @@ def untrained(record: Record) -> pd.DataFrame:
         rows.append((site, fact["module"], matrix, reason, float(order.get(fact["module"], np.nan))))
     frame = pd.DataFrame(rows, columns=["site", "module", "matrix", "reason", "order"]).set_index("site")
     first = first_trained(frame)
-    table = frame["module"].map(kinds).str.contains("Embedding", na=False)
+    table = frame["module"].map(kinds.to_dict()).astype(str).str.contains("Embedding")
     frame["enclosed"] = (frame["order"] > first) & ~table if math.isfinite(first) else False
     return frame
 

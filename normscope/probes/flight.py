@@ -1,7 +1,7 @@
 """Flight recorder: size of each parameter tensor, of its gradient and its update at every step, without module hooks.
 
 A ring of the last `RING` steps on each device, four float32 a tensor and step, filled by foreach kernels without
-synchronization and copied to the host in one go when asked for. Of a large tensor all but the gradient is estimated
+synchronization and copied to the host in one go. Of a large tensor all but the gradient is estimated
 from a fixed sample of its rows.
 """
 
@@ -20,7 +20,6 @@ from normscope.core.schedule import FLIGHT, RING
 from normscope.core.store import Layer
 from normscope.probes import optimizers, ranks
 from normscope.probes.parameters import dense_values, sum_dtype
-from normscope.probes.transfer import to_host
 
 SAMPLE = 1 << 14  # entries of a tensor that are looked at, in whole rows; the gradient's norm is always of all
 # what the ring holds of a tensor, in this order
@@ -78,6 +77,7 @@ class Flight:
         self._parts: dict[int, tuple[object, list[_Part]]] = {}
         self._rates: dict[int, dict[str, float]] = {}  # by step
         self._done: dict[int, dict[int, list[_Part]]] = {}  # by step and optimizer
+        self._leaving: dict[int, _Part] = {}
 
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -135,23 +135,30 @@ class Flight:
             part.write(step, 1, [item.column for item in known], _rms_t(part, known, scale))
         self._done.setdefault(step, {})[id(optimizer)] = self._mine(optimizer)
 
-    def take(self) -> list[FlightStep]:
-        """Copy to the host what was recorded since the last call, in one transfer a device."""
+    def waiting(self) -> list[torch.Tensor]:
+        """Return what was recorded since the last call of `taken`, on its devices."""
+        steps = sorted(self._done)[-RING:]
+        self._leaving = {id(part): part for step in steps for some in self._done[step].values() for part in some}
+        return [part.rows(steps) for part in self._leaving.values()]
+
+    def taken(self, arrays: Sequence[np.ndarray]) -> list[FlightStep]:
+        """Return the steps recorded since the last call.
+
+        Args:
+            arrays: what `waiting` has returned, on the host.
+        """
         done, self._done, rates, self._rates = self._done, {}, self._rates, {}
-        steps = sorted(done)[-RING:]
-        parts = {id(part): part for step in steps for some in done[step].values() for part in some}
-        host = to_host([part.rows(steps) for part in parts.values()])
-        tables = {key: part.finished(table) for (key, part), table in zip(parts.items(), host, strict=True)}
-        taken = []
-        for i, step in enumerate(steps):
+        tables = {key: part.finished(x) for (key, part), x in zip(self._leaving.items(), arrays, strict=True)}
+        found = []
+        for i, step in enumerate(sorted(done)[-RING:]):
             here = [part for some in done[step].values() for part in some]
             lrs = rates.get(step, {})
             layout: list[Layer] = [(site, FLIGHT, "value", ("lr",)) for site in lrs]
             layout += [layer for part in here for layer in part.layout]
             numbers = [np.array(list(lrs.values()), float), *(tables[id(part)][i] for part in here)]
             weights = [np.full(len(lrs), 1 / ranks.world()), *(part.weights.T.ravel() for part in here)]
-            taken.append(FlightStep(step, tuple(layout), np.concatenate(numbers), np.concatenate(weights)))
-        return taken
+            found.append(FlightStep(step, tuple(layout), np.concatenate(numbers), np.concatenate(weights)))
+        return found
 
     def _mine(self, optimizer: torch.optim.Optimizer) -> list[_Part]:
         return self._parts.get(id(optimizer), (None, []))[1]

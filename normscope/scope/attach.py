@@ -179,8 +179,8 @@ def attach(
     with and without. A SIGTERM that nobody handles closes the record, and ends the process as it would have.
 
     Under DistributedDataParallel, or after fully_shard, attach on every rank: the first one writes the record, of all
-    ranks' samples together, as one process on the joined batch would; held batches, and what only some ranks measure,
-    are the first one's.
+    ranks' samples together, as one process on the joined batch would; held batches, attention, the
+    largest tokens, and what only some ranks measure, are the first one's.
 
     Args:
         model: the model.

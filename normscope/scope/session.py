@@ -256,8 +256,8 @@ class Session:
     def flush(self) -> None:
         """Write what waits; a full disk is reported once and tried again at the next sampled step."""
         rows, self._rows = list(self._rows.values()), {}
-        together.on_host(rows)
-        flown, self._flown = [*self._flown, *(self._fly(self._flight.take) or ())], []
+        flying = together.on_host(rows, self._fly(self._flight.waiting) or ())
+        flown, self._flown = [*self._flown, *(self._fly(partial(self._flight.taken, flying)) or ())], []
         if not self.writes:
             self.store.drop_waiting()
             return
@@ -393,7 +393,8 @@ class Session:
     def _exchange(self, offers: Sequence[tuple[str, str, Any, Any]], *, ends: bool = False) -> None:
         """Replace what this rank has, each with key, kind, container and place in it, by what all ranks have."""
         sharded = self._parameters.sharded and self._together.size > 1
-        taken = (self._fly(self._flight.take) or []) if sharded else []
+        flying = to_host(self._fly(self._flight.waiting) or []) if sharded else []
+        taken = (self._fly(partial(self._flight.taken, flying)) or []) if sharded else []
         sums: list[np.ndarray | None] = [flight.squares(taken)]
         offers = [*offers, ("flight", "sum", sums, 0)] if sharded else offers
         items = [Item(key, kind, held[place]) for key, kind, held, place in offers]

@@ -131,12 +131,21 @@ class Together:
         return states, missing
 
 
-def on_host(rows: Sequence[Step]) -> None:
-    """Turn tensors in steps into numbers, and a list of squares into the root of their sum."""
+def on_host(rows: Sequence[Step], more: Sequence[torch.Tensor] = ()) -> list[np.ndarray]:
+    """Turn tensors in steps into numbers, and a list of squares into the root of their sum.
+
+    Args:
+        rows: the steps.
+        more: further tensors, for the same transfer.
+
+    Returns:
+        These on the host.
+    """
     items = ((row, name, value) for row in rows for name, value in row.items())
     waiting = [item for item in items if isinstance(item[2], (list, torch.Tensor))]
     tensors = [value if isinstance(value, list) else [value] for _, _, value in waiting]
-    host = iter(to_host([t.reshape(-1)[:1] for group in tensors for t in group]))
+    host = iter(to_host([*(t.reshape(-1)[:1] for group in tensors for t in group), *more]))
     for (row, name, _), group in zip(waiting, tensors, strict=True):
         total = sum(float(next(host)[0]) for _ in group)
         row[name] = math.sqrt(total) if isinstance(row[name], list) and total >= 0 else total
+    return list(host)

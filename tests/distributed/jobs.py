@@ -171,7 +171,7 @@ def recorded(scope):
     return values, arrays, context, record.events["message"].tolist()
 
 
-PROBES = ("moments", "tails", "parameters", "normalization", "covariance", "noise")
+PROBES = ("moments", "tails", "parameters", "flight", "normalization", "covariance", "noise")
 
 
 def both(rank, folder, kind, size):

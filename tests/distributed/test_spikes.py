@@ -49,7 +49,15 @@ def spiked(rank, folder, size, compiled, coarse):
         return None
     record = ns.load(f"{folder}/run")
     told = [(f.id, f.step, f.site, dict(f.evidence)) for f in ns.diagnose(record) if f.id.startswith("spikes.")]
-    return told, tables.table(record, "norm", slot="*", role="gradient", phase="flight")
+    return told, {
+        key: tables.table(record, stat, slot="*", role=role, phase="flight")
+        for key, (role, stat) in {
+            "gradient": ("gradient", "norm"),
+            "update": ("update", "norm"),
+            "weight": ("value", "norm"),
+            "rms_t": ("gradient", "rms_t"),
+        }.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +86,11 @@ def test_the_finding_is_the_same(way, found):
     assert (evidence["since"], evidence["groups"], evidence["of_groups"]) == (AT, 1, 3)
 
 
+@pytest.mark.parametrize("key", ["gradient", "update", "weight", "rms_t"])
 @pytest.mark.parametrize("way", [*SLOW, "all"])
-def test_the_gradients_before_it_are_the_same(way, found):
+def test_what_is_recorded_before_it_is_the_same(way, key, found):
     limit = 0.15 if way in ("bfloat16", "all") else 1e-3
-    plain, other = (found(name)[1].loc[:10] for name in ("plain", way))
+    plain, other = (found(name)[1][key].loc[:10] for name in ("plain", way))
     assert list(other.columns) == list(plain.columns)
     matrices = [site for site in plain if site.endswith(("token/weight", "expand/weight", "out/weight", "head/weight"))]
-    ratio = other[matrices] / plain[matrices]
-    np.testing.assert_allclose(ratio.median(), 1, rtol=limit)
+    np.testing.assert_allclose((other[matrices] / plain[matrices]).median(), 1, rtol=limit)

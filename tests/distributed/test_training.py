@@ -26,6 +26,8 @@ def several(request):
 
 def is_exact(key):
     _, site, _, _, stat = key
+    if stat.startswith(("peak", "middle")):  # of the largest tokens, which are the first rank's
+        return False
     if site in AREAS:
         return stat != "batch"
     return site.split("/")[0] not in ("conv", "group") or stat.split(".")[0] not in SAMPLED

@@ -18,6 +18,10 @@ from normscope.metrics import propagation
 from tests.report.records import Run, findings_of
 
 ILLUSTRATED = [
+    *(
+        f"spikes.{kind}"
+        for kind in ("overflow", "outside", "schedule", "attention", "second-moment", "data", "instability")
+    ),
     "propagation.signal-exploding",
     "propagation.signal-vanishing",
     "propagation.gradient-exploding",
@@ -79,9 +83,9 @@ def test_a_figure_prepares_the_columns_it_declares(figure, record):
     )
     frame = figure.prepare(record, sites)
     assert tuple(frame.columns) == figure.columns
-    # no activation of this network is bounded, no token enters a norm, and its record has no attention, second moments
-    # or curvature: see test_conditioning, test_curvature and tests/diagnostics/test_attention
-    elsewhere = ("attention.", "conditioning.", "curvature.")
+    # no activation of this network is bounded, no token enters a norm, and its record has no attention, second moments,
+    # curvature or spike: see test_conditioning, test_curvature and tests/diagnostics/test_attention
+    elsewhere = ("attention.", "conditioning.", "curvature.", "spikes.")
     assert len(frame) or figure.id in ("propagation.saturation", "propagation.peaks") or figure.id.startswith(elsewhere)
     measured = frame[~frame[figure.columns[2]].isin(figure.rules)]
     assert measured[figure.columns[1]].dtype == float or not len(frame)
