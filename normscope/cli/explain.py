@@ -27,6 +27,7 @@ from normscope.metrics.onset import ONSET
 _SHADES = " ░▒▓█"
 _PLAIN = " .:+#"
 _WIDEST = 34  # characters of a tensor's name
+_PICTURES = (".png", ".pdf", ".svg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Explain each spike of a run, or one step of it."""
+    if arguments.out is not None and arguments.out.suffix.lower() not in _PICTURES:
+        raise ArgumentError(f"out={str(arguments.out)!r} must end in one of: {', '.join(_PICTURES)}.")
     (record,) = tables.split(load(one_run(arguments.path)))
     told = _chosen(record, arguments.step)
     if arguments.json:
@@ -50,8 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         width = max(60, min(shutil.get_terminal_size().columns, 140))
         print("\n\n".join(_told(record, account, width) for account in told))
-    if arguments.out is not None and told:
-        _draw(record, told[0], arguments.out)
+    if arguments.out is not None:
+        drawn = _draw(record, told, arguments.out)
+        print(drawn, file=sys.stderr if arguments.json else sys.stdout)
     return 0
 
 
@@ -145,9 +149,11 @@ def _number(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _draw(record: Record, account: spikes.Account, path: Path) -> None:
-    """Draw the raster of an account into a file."""
+def _draw(record: Record, told: list[spikes.Account], path: Path) -> str:
+    """Draw the raster of the first account into a file, and return a line that says so."""
+    frame = cells(record, told[0]) if told else pd.DataFrame()
+    if frame.empty:
+        return f"no picture: there is nothing to draw, so {path} was not written"
     draw = import_module("normscope.figures.draw")  # it loads matplotlib
-    ax = draw.draw(ONSETS, cells(record, account))
-    ax.figure.savefig(path, dpi=200)
-    print(f"picture  {path}")
+    draw.draw(ONSETS, frame).figure.savefig(path, dpi=200)
+    return f"picture  {path}"

@@ -105,6 +105,25 @@ def test_the_picture_is_written(run, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"picture  {tmp_path / 'spike.png'}\n")
 
 
+def test_a_picture_leaves_json_alone(run, tmp_path, capsys):
+    assert main(["explain", str(run), "--json", "--out", str(tmp_path / "spike.svg")]) == 0
+    told = capsys.readouterr()
+    assert len(json.loads(told.out)) == 1
+    assert told.err == f"picture  {tmp_path / 'spike.svg'}\n"
+
+
+def test_where_nothing_moved_no_picture_is_written(run, tmp_path, capsys):
+    path = tmp_path / "none.png"
+    assert main(["explain", str(run), "--step", "90", "--out", str(path)]) == 0
+    assert capsys.readouterr().out.endswith(f"no picture: there is nothing to draw, so {path} was not written\n")
+    assert not path.exists()
+
+
+def test_a_picture_of_an_unknown_kind_is_an_error(run, capsys):
+    assert main(["explain", str(run), "--out", "spike.txt"]) == 1
+    assert capsys.readouterr().err == "normscope explain: out='spike.txt' must end in one of: .png, .pdf, .svg.\n"
+
+
 def test_a_terminal_without_blocks_gets_letters(run, monkeypatch, capsys):
     monkeypatch.setattr("normscope.cli.explain._blocks", lambda: False)
     assert main(["explain", str(run)]) == 0
