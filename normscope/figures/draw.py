@@ -163,7 +163,7 @@ def _draw_cells(figure: Figure, frame: pd.DataFrame, ax: Axes) -> Axes:
         cells = cells.loc[part[figure.columns[1]].drop_duplicates()]
         named = isinstance(cells.index[0], str)
         rows = np.arange(len(cells)) if named else cells.index
-        image = ax.pcolormesh(cells.columns, rows, cells, cmap="RdBu_r", vmin=-1, vmax=1)
+        image = ax.pcolormesh(_edges(cells.columns), _edges(rows), cells, cmap="RdBu_r", vmin=-1, vmax=1)
         if named:
             ax.set_yticks(rows, list(cells.index), parse_math=False, fontsize="small")
         ax.figure.colorbar(image, ax=ax, label=figure.columns[3])
@@ -171,6 +171,15 @@ def _draw_cells(figure: Figure, frame: pd.DataFrame, ax: Axes) -> Axes:
         ax.set_title(str(name), fontsize="small", loc="right", parse_math=False)
     _dress(ax, figure, {}, log=False)
     return ax
+
+
+def _edges(centers: Sequence[float] | np.ndarray | pd.Index) -> np.ndarray:
+    """Return the borders of cells halfway between their centers; matplotlib gives a single cell no width."""
+    at = np.asarray(centers, float)
+    between = (at[1:] + at[:-1]) / 2
+    if len(at) == 1:
+        return np.array([at[0] - 0.5, at[0] + 0.5])
+    return np.concatenate([[2 * at[0] - between[0]], between, [2 * at[-1] - between[-1]]])
 
 
 def _dress(ax: Axes, figure: Figure | Overlay, handles: dict[str, Artist], log: bool) -> None:

@@ -100,3 +100,23 @@ def test_a_spectrum_is_drawn_on_a_logarithmic_axis_down_to_a_floor():
     assert set(zero.get_xdata()) == {0.0}
     assert "Hessian" in ax.get_xlabel()
     assert "exact" in ax.get_ylabel()
+
+
+@pytest.mark.parametrize("tensors", [["a"], ["a", "b"]])
+def test_cells_cover_the_axes_also_where_there_is_one_row(tensors):
+    rows = [(step, tensor, "spike", 0.5) for tensor in tensors for step in (3, 4, 6)]
+    columns = ("step", "tensor", "spike", "moved")
+    toy = Figure(
+        id="toy.map",
+        title="Toy",
+        explains=(),
+        prepare=lambda record, sites: pd.DataFrame(),
+        columns=columns,
+        x_label="step",
+        y_label="tensor",
+        mark="cell",
+    )
+    (mesh,) = draw(toy, pd.DataFrame(rows, columns=columns)).collections
+    corners = mesh.get_coordinates()
+    assert corners[0, :, 0].tolist() == [2.5, 3.5, 5.0, 7.0]
+    assert corners[:, 0, 1].tolist() == [edge - 0.5 for edge in range(len(tensors) + 1)]
