@@ -40,7 +40,8 @@ function cellTrace(cells) {
 /** The axis of a map's rows: the first on top, names shortened beside it. */
 function rowsOf(rows) {
   const named = typeof rows[0] === "string";
-  const names = named ? { type: "category", tickvals: rows.map(escaped), ticktext: rows.map((name) => escaped(ending(name, 22))) } : {};
+  const short = (name) => (name.length > 24 ? `${name.slice(0, 8)}…${name.slice(-15)}` : name); // block and tensor
+  const names = named ? { type: "category", tickvals: rows.map(escaped), ticktext: rows.map((name) => escaped(short(name))) } : {};
   return { showgrid: false, autorange: "reversed", ...names };
 }
 
