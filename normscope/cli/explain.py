@@ -18,8 +18,10 @@ from normscope.cli.folder import one_run
 from normscope.core.errors import ArgumentError
 from normscope.core.reading import load
 from normscope.core.record import Record
+from normscope.core.robust import MIN_HISTORY
 from normscope.core.table import printable
 from normscope.diagnostics.spikes import RULES, headline, story
+from normscope.diagnostics.words import count
 from normscope.figures.spikes import ONSETS, cells, raster
 from normscope.metrics import spikes, tables
 from normscope.metrics.onset import ONSET
@@ -51,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     elif not told:
         print(_none(record))
     else:
-        width = max(60, min(shutil.get_terminal_size().columns, 140))
+        width = max(40, min(shutil.get_terminal_size().columns, 140))
+        if arguments.step is not None and arguments.step != told[0].spike.step:
+            print(f"Step {arguments.step} belongs to the spike at step {told[0].spike.step}.\n")
         print("\n\n".join(_told(record, account, width) for account in told))
     if arguments.out is not None:
         drawn = _draw(record, told, arguments.out)
@@ -75,8 +79,11 @@ def _chosen(record: Record, step: int | None) -> list[spikes.Account]:
 def _told(record: Record, account: spikes.Account, width: int) -> str:
     """Write one account: what happened, what came before, the raster, why and what to do."""
     rule = RULES[account.kind]
-    lines = [f"step {account.spike.step}: {account.kind}", ""]
-    parts = (("what", f"{headline(account)} {story(account)}"), ("why", rule.cause), ("mend", rule.remedy))
+    found = account.spike.found
+    lines = [f"step {account.spike.step}: {account.kind if found else 'no spike'}", ""]
+    known = found and account.evidence.get("recorded_steps") != 0
+    told = (("why", rule.cause), ("mend", rule.remedy)) if known else ()
+    parts = (("what", f"{headline(account)} {story(account) if found else _quiet(account)}"), *told)
     for name, text in parts:
         if text:
             lines.append(textwrap.fill(printable(text), width, initial_indent=f"{name:<6}", subsequent_indent=" " * 6))
@@ -84,6 +91,13 @@ def _told(record: Record, account: spikes.Account, width: int) -> str:
     if len(frame):
         lines += ["", *_raster(frame, account, width)]
     return "\n".join(lines)
+
+
+def _quiet(account: spikes.Account) -> str:
+    """Say what moved before a step that is no spike."""
+    if account.evidence.get("recorded_steps") == 0:
+        return "Too few of the steps before it are in the record; the probe 'flight' keeps them."
+    return f"{count(len(account.moved), 'tensor')} had moved by then."
 
 
 def _raster(frame: pd.DataFrame, account: spikes.Account, width: int) -> list[str]:
@@ -94,15 +108,18 @@ def _raster(frame: pd.DataFrame, account: spikes.Account, width: int) -> list[st
     frame = frame.iloc[:, -max(width - size - 24, 20) :]
     mark = "".join("v" if step == account.spike.step else "|" if step == account.since else " " for step in frame)
     onsets, shares = account.moved["onset"].to_dict(), account.moved["share"].to_dict()
-    lines = [f"{'':<{size}}  {mark}  onset  share of |g|^2"]
+    lines = [f"{'':<{size}}  {mark}  onset  share"]
     for name, (site, row) in zip(names, frame.iterrows(), strict=True):
         cells = "".join(_shade(value, shades) for value in row)
         ahead = int(onsets[str(site)]) - account.spike.step
         share = "" if math.isnan(shares[str(site)]) else f"{shares[str(site)]:.0%}"
         lines.append(f"{_tail(name, size):<{size}}  {cells}  {ahead:>+5d}  {share:>5}")
     first, last = frame.columns[0], frame.columns[-1]
-    lines.append(f"{'':<{size}}  steps {first} to {last}; v the spike, | where it began; onset in steps from the spike")
-    return lines
+    legend = (
+        f"steps {first} to {last}: v the spike, | where it began; {shades[1:]} up to {2 * ONSET:g} robust standard "
+        "deviations above the usual range; onset in steps from the spike; share of the squared gradient at the onset"
+    )
+    return [*lines, "", *textwrap.wrap(legend, width)]
 
 
 def _blocks() -> bool:
@@ -123,6 +140,8 @@ def _tail(name: str, width: int) -> str:
 
 def _none(record: Record) -> str:
     context = tables.context(record)
+    if max(context["loss"].notna().sum(), context["grad_norm"].notna().sum()) <= MIN_HISTORY:
+        return f"Too few steps to judge: a spike is seen against {MIN_HISTORY} steps before it at least."
     of = "loss" if context["loss"].notna().any() else "gradient norm, as no loss was told (scope.step(loss=loss))"
     return f"No spike in {len(context)} steps of the {of}. `--step N` tells what moved before any step."
 

@@ -23,7 +23,8 @@ DATA = Rule(
     threshold_source=_MEASURED,
     source="chowdhery2022",
     cause="A batch unlike the others: wrong labels, values in another unit, a damaged file, one rank or micro-batch "
-    "that reads something else.",
+    "that reads something else. Where it does not come back, the data changed for good, or weights were overwritten "
+    "by others of the same norm.",
     remedy="Look at inputs and labels of that step, of each rank and micro-batch; clip gradients by "
     "torch.nn.utils.clip_grad_norm_(parameters, 1.0), and leave such batches out when training goes over them again.",
 )
@@ -185,12 +186,18 @@ def headline(account: Account) -> str:
         The sentence.
     """
     spike = account.spike
-    if not math.isfinite(spike.peak):
-        return f"The {spike.of} was not finite from step {spike.step} on; before, it was {spike.before:.3g}."
-    if not spike.peak - spike.before > (metrics.FOLD - 1) * abs(spike.before):
-        return f"At step {spike.step} the {spike.of} did not jump: {spike.peak:.3g}, before {spike.before:.3g}."
-    back = "and came back" if spike.recovered else "and did not come back"
-    return f"The {spike.of} jumped at step {spike.step} from {spike.before:.3g} to {spike.peak:.3g} {back}."
+    if not spike.found:
+        value = f"{spike.peak:.3g}" if spike.peak == spike.peak else "not recorded"
+        return f"No spike: at step {spike.step} the {spike.of} was {value}; in the steps before, {spike.before:.3g}."
+    broke = "" if math.isfinite(spike.peak) else f"was not finite from step {spike.highest} on"
+    if broke and spike.highest == spike.step:
+        before = "" if spike.before != spike.before else f"; before, it was {spike.before:.3g}"
+        return f"The {spike.of} {broke}{before}."
+    back = f"was back after {count(spike.last - spike.step + 1, 'step')}" if spike.recovered else "did not come back"
+    if spike.highest == spike.step:
+        return f"The {spike.of} jumped at step {spike.step} from {spike.before:.3g} to {spike.peak:.3g} and {back}."
+    reached = broke or f"reached {spike.peak:.3g} at step {spike.highest}, and {back}"
+    return f"The {spike.of} began to jump at step {spike.step}, from {spike.before:.3g}, and {reached}."
 
 
 def story(account: Account) -> str:
@@ -206,28 +213,39 @@ def story(account: Account) -> str:
     when = f"at step {account.since}" + (f", {count(ahead, 'step')} before" if ahead else "")
     names = _named(account.sites)
     if account.kind == "data":
-        grew = f"of {count(float(e['moved']), 'tensor')} grew up to {_fold(e['gradient_growth'])}"
-        return f"Gradients {grew} with it, and nothing had moved before."
+        size = f"up to {_times(e['gradient_growth'])} their usual size"
+        return f"With it the gradients of {count(float(e['moved']), 'tensor')} were {size}; nothing had moved before."
     if account.kind == "second-moment":
         return f"RMS_t reached {e['rms_t']:.3g} (threshold {metrics.STALE:g}) {when}, first at {names}."
     if account.kind == "attention":
         logits = f" The largest logit went from {e['logit_before']:.3g} to {e['logit']:.3g}." if "logit" in e else ""
-        return f"The weights of {names} had grown {_fold(e['weight_growth'])}, beyond {metrics.GREW:g} {when}.{logits}"
+        grew = f"had grown to {_times(e['weight_growth'])} their size, beyond {metrics.GREW:g} {when}"
+        return f"The weights of {names} {grew}.{logits}"
     if account.kind == "schedule":
         where = "" if e["groups"] == e["of_groups"] else f" of {e['groups']} of {e['of_groups']} groups"
         first = f"; first to move: {names}" if names else ""
-        return f"The learning rate{where} had been raised {_fold(e['rate_growth'])} {when}{first}."
+        raised = f"had been raised to {_times(e['rate_growth'])} what it was, from {_since(account)} on"
+        return f"The learning rate{where} {raised}{first}."
     if account.kind == "overflow":
+        if account.since == account.spike.step:
+            return "The loss itself was not finite: it broke in the forward pass, or the inputs were not."
         return f"{count(float(e['not_finite']), 'gradient')} of {e['of_tensors']} broke {when}: {names}."
     if account.kind == "outside":
-        return f"The norm of {names} changed by {float(e['changed']):.3g} of itself beyond its step {when}."
+        more = f"the norm of the first by {float(e['changed']):.0%} more than its step allows"
+        return f"Something other than the optimizer changed {names} {when}: {more}."
     if account.kind == "instability":
         return f"{count(float(e['moved']), 'tensor')} moved before it, the first {when}: {names}."
     return "Nothing that was recorded moved before it." if e.get("recorded_steps") != 0 else _LOST
 
 
-def _fold(factor: float | int | str) -> str:
-    return f"{float(factor):.3g}-fold"
+def _times(factor: float | int | str) -> str:
+    value = float(factor)
+    return f"{value:,.0f} times" if value >= 100 else f"{value:.3g} times"
+
+
+def _since(account: Account) -> str:
+    ahead = account.spike.step - account.since
+    return f"step {account.since}" + (f", {count(ahead, 'step')} before," if ahead else "")
 
 
 def _named(sites: tuple[str, ...]) -> str:

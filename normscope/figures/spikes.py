@@ -28,7 +28,7 @@ def raster(record: Record, account: spikes.Account) -> pd.DataFrame:
     if found is None or not len(account.moved):
         return pd.DataFrame()
     first = [site for site in account.sites if site in account.moved.index]
-    rows = list(dict.fromkeys([*first, *account.moved.index]))[:ROWS]
+    rows = list(dict.fromkeys([*first[: ROWS // 2], *account.moved.index]))[:ROWS]
     parts = [onset.scores(frame, found.base)[rows] for frame in (found.gradient, found.update, found.rms_t)]
     score = np.fmax.reduce([part.to_numpy(float) for part in parts])
     whole = pd.DataFrame(score, index=parts[0].index, columns=rows)

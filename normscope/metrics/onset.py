@@ -15,6 +15,7 @@ from normscope.metrics import tables
 BEFORE, AFTER = 64, 8  # steps before and after a step at which tensors are looked at
 ONSET = 6.0  # robust standard deviations of a logarithm, and
 GROWN = 1.5  # growth, from which on a tensor has moved
+BEYOND = 3.0  # times the largest of the base: it has moved, however much it varied
 IQR = 1.349  # interquartile range of a Gaussian, in standard deviations
 LEAST = 0.02  # standard deviation of a logarithm that counts at least
 _PAUSE = 2  # steps for which what has moved may be back
@@ -69,14 +70,15 @@ def scores(frame: pd.DataFrame, base: np.ndarray) -> pd.DataFrame:
 
     Returns:
         (log x - median) / (IQR / 1.349), the deviation at least 0.02; infinite where x is, 0 where it has grown by less
-        than `GROWN`, NaN where nothing is known.
+        than `GROWN`, at least twice `ONSET` where it is `BEYOND` the largest of the base, NaN where nothing is known.
     """
     logs = pd.DataFrame(np.log(np.maximum(frame, np.finfo(float).tiny)), frame.index, frame.columns)
     known = logs.loc[base].replace(np.inf, np.nan)
     spread = (known.quantile(0.75) - known.quantile(0.25)) / IQR
     above = logs - known.median()
     found: pd.DataFrame = (above / spread.clip(lower=LEAST)).where(above > np.log(GROWN), 0.0)
-    return found.where(frame.notna())
+    beyond = logs > known.max() + np.log(BEYOND)
+    return found.mask(beyond, found.clip(lower=2 * ONSET)).where(frame.notna())
 
 
 def onsets(found: Window, step: int) -> pd.DataFrame:

@@ -19,11 +19,13 @@ FOLD = 1.25  # of the median of the steps before
 FAR, RISE = 6.0, 0.1  # a solved problem jumps now and then by less
 NEAR, LOST = 3.0, 0.5  # half of what was learned is lost
 STAYS, LASTING = 2.5, 8  # with `RISE`, the median of as many steps from there on
+BEYOND, RECENT = 2.0, 50  # with `RISE`, as many times the largest of as many steps before
 # of a gradient norm, where no loss is known
 NORM_FAR, NORM_FOLD = 12.0, 10.0
 OUTSIDE = 0.1  # of its norm, by which a weight changes beyond its step
 RAISED = 1.5  # growth of a learning rate
 STALE, STALE_STEPS = 2.3, 8  # RMS_t, and the steps before a spike in which it counts
+FEW = 0.2  # part of the tensors that moved which may have begun before what is taken for the cause
 GREW = 1.25  # growth of what makes queries and keys since it began to move
 QUERY_KEY = re.compile(
     r"(^|[._])(q|k|qk|qkv|query|key|in_proj|c_attn|query_key_value|wq|wk)([._]|$)|to_[qk]|[qk]_(proj|norm)"
@@ -39,18 +41,22 @@ class Spike(NamedTuple):
     Attributes:
         step: its first step.
         last: its last step.
+        highest: the step of `peak`, the first that was not finite if there is one.
         of: "loss" or "gradient norm".
         before: median of the `WINDOW` steps before it, of their logarithms where all are positive.
         peak: largest value in it, infinite where it was not finite.
         recovered: whether the steps after it are back below `FOLD` of what was before.
+        found: whether it passes the thresholds of a jump; else it is a step that was asked for.
     """
 
     step: int
     last: int
+    highest: int
     of: str
     before: float
     peak: float
     recovered: bool
+    found: bool = True
 
 
 @tables.once
@@ -64,23 +70,26 @@ def spikes(record: Record) -> tuple[Spike, ...]:
     frame = frame[~frame["skipped"]]
     of = "loss" if frame["loss"].notna().mean() > 0.5 else "gradient norm"
     series = (frame["loss"] if of == "loss" else frame["grad_norm"]).dropna()
-    if len(series) <= MIN_HISTORY:
+    if not len(series):
         return ()
     before, jumps = _jumps(series, of)
+    start = abs(float(series.iloc[:_START].replace(np.inf, np.nan).median()))
     at = np.flatnonzero(jumps)
     found = []
     for together in np.split(at, np.flatnonzero(np.diff(at) > APART) + 1) if len(at) else []:
-        start, end = int(together[0]), int(together[-1])
-        level = float(before.iloc[start])
+        first, end = int(together[0]), int(together[-1])
+        level = float(before.iloc[first])
         after = series.iloc[end + 1 : end + 1 + APART]
+        sizes = series.iloc[first : end + 1].abs()
         found.append(
             Spike(
-                step=int(series.index[start]),
+                step=int(series.index[first]),
                 last=int(series.index[end]),
+                highest=int(sizes.index[int(np.argmax(sizes.to_numpy()))]),
                 of=of,
                 before=level,
-                peak=float(np.abs(series.iloc[start : end + 1]).max()),
-                recovered=bool(len(after) and after.median() - level < (FOLD - 1) * abs(level)),
+                peak=float(sizes.max()),
+                recovered=bool(len(after) and after.median() - level < max((FOLD - 1) * abs(level), RISE * start)),
             )
         )
     return tuple(found)
@@ -106,10 +115,12 @@ def _jumps(series: pd.Series, of: str) -> tuple[pd.Series, np.ndarray]:
         jumps = (stays > STAYS) & (sigmas > STAYS) & (rise > np.maximum(RISE * start, (FOLD - 1) * before.abs()))
         rise = finite - before
         jumps |= (sigmas > FAR) & (rise > np.maximum(RISE * start, (FOLD - 1) * before.abs()))
+        recent = finite.shift().rolling(RECENT, min_periods=MIN_HISTORY).max()
+        jumps |= logs & (finite > BEYOND * recent) & (rise > RISE * start)
         jumps |= (sigmas > NEAR) & (rise > np.maximum(LOST * start, (FOLD - 1) * before.abs()))
     else:
         jumps = (sigmas > NORM_FAR) & (finite > NORM_FOLD * before)
-    jumps |= ~np.isfinite(series) & before.notna()
+    jumps |= ~np.isfinite(series)
     return before, jumps.to_numpy(bool)
 
 
@@ -124,9 +135,7 @@ def at(record: Record, step: int) -> Spike:
     of = "loss" if np.isfinite(frame["loss"]).any() else "gradient norm"
     series = frame["loss" if of == "loss" else "grad_norm"]
     earlier = series.loc[: step - 1].tail(WINDOW).median()
-    after = series.loc[step + 1 :].head(APART).median()
-    recovered = bool(after - earlier < (FOLD - 1) * abs(earlier))
-    return Spike(step, step, of, float(earlier), float(series.loc[step]), recovered)
+    return Spike(step, step, step, of, float(earlier), float(series.loc[step]), recovered=True, found=False)
 
 
 class Account(NamedTuple):
@@ -191,7 +200,7 @@ def _overflow(record: Record, spike: Spike, found: Window, moved: pd.DataFrame) 
     if not broken.to_numpy().any():
         return None
     since = onset.first(broken.any(axis=1))
-    if len(moved) and (moved["onset"] < since - 1).any():
+    if _before(moved, since - 1) > FEW:
         return None
     sites = tuple(str(site) for site in broken if broken.at[since, site])
     return since, sites, {"not_finite": len(sites), "of_tensors": broken.shape[1]}
@@ -219,13 +228,18 @@ def _schedule(record: Record, spike: Spike, found: Window, moved: pd.DataFrame) 
     if not raised.to_numpy().any():
         return None
     since = onset.first(raised.any(axis=1))
-    if len(moved) and (moved["onset"] < since).any():
+    if _before(moved, since) > FEW:
         return None
     groups = [str(name) for name in recent.columns[raised.any()]]
     some = len(groups) < found.rate.shape[1]
     sites = [site for site in map(str, moved.index) if not some or _group(record, site) in groups]
     largest = float(recent.max().max())
     return since, tuple(sites), {"rate_growth": largest, "groups": len(groups), "of_groups": found.rate.shape[1]}
+
+
+def _before(moved: pd.DataFrame, step: int) -> float:
+    """Return which part of the tensors that moved began before a step: a single one may just drift."""
+    return float((moved["onset"] < step).mean()) if len(moved) else 0.0
 
 
 def _largest(frame: pd.DataFrame, step: int) -> tuple[str, ...]:
@@ -279,13 +293,15 @@ def _second_moment(record: Record, spike: Spike, found: Window, moved: pd.DataFr
     if not high.notna().to_numpy().any():
         return None
     since = onset.first(high.notna().any(axis=1))
+    if len(moved) and moved["onset"].min() < since - STALE_STEPS:
+        return None  # something else began before
     return since, _largest(high, since), {"rms_t": float(high.max().max()), "steps": spike.step - since}
 
 
 def _data(record: Record, spike: Spike, found: Window, moved: pd.DataFrame) -> Shown | None:
     """Tell whether loss and gradient jumped together, and nothing before."""
     del record
-    if not len(moved) or (moved["onset"] < spike.step).any():
+    if not len(moved) or _before(moved, spike.step) > 0:
         return None
     growth = float(moved["growth"].max())
     return spike.step, (), {"gradient_growth": growth, "moved": len(moved), "of_tensors": found.gradient.shape[1]}

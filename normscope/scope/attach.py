@@ -189,10 +189,10 @@ def attach(
         every: a step is sampled if its index is a multiple of this.
         layers: which modules to watch: a glob over module paths ("layer3.*"), a module type, or a sequence of these; a
             match brings the modules below it. All by default.
-        probes: which of "moments", "tails", "parameters", "normalization", "attention", "covariance", "curvature",
-            "invariance", "noise", "noise-scale", "population"; all by default. On request, with "covariance":
-            "correlation" for the correlations of each layer's input, "patches" for the second moment of the patches
-            that convolutions see.
+        probes: which of "moments", "tails", "parameters", "flight", "normalization", "attention", "covariance",
+            "curvature", "invariance", "noise", "noise-scale", "population"; all by default. On request, with
+            "covariance": "correlation" for the correlations of each layer's input, "patches" for the second moment of
+            the patches that convolutions see.
         problem: loss and held batches for what compares training with evaluation and a weight with its double, and for
             the curvature of the loss.
         scaler: the `torch.amp.GradScaler`, so that its scale is undone and skipped steps are known.

@@ -12,7 +12,7 @@ from normscope.cli import main
 SPIKE = 120
 
 
-def trained(folder, spoil=True, dies=False, steps=150):
+def trained(folder, spoils=(SPIKE,), dies=False, steps=150, breaks=None, tells=lambda step: True):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -21,13 +21,14 @@ def trained(folder, spoil=True, dies=False, steps=150):
     for step in range(steps):
         x = torch.randn(64, 8)
         y = (x @ weight).argmax(1)
-        if spoil and step == SPIKE:
+        if step in spoils:
             x, y = 30 * x, (y + 1) % 3
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
-        scope.step(loss=loss)
+        if tells(step):
+            scope.step(loss=float("nan") if breaks is not None and step >= breaks else loss)
     if dies:
         scope._session.flush()  # and never closed, as after a kill
         scope._hooks.remove()
@@ -73,7 +74,7 @@ def test_the_report_tells_the_same(run):
 
 
 def test_a_run_without_a_spike_says_so(tmp_path, capsys):
-    trained(tmp_path / "a", spoil=False)
+    trained(tmp_path / "a", spoils=())
     assert main(["explain", str(tmp_path / "a")]) == 0
     assert capsys.readouterr().out == (
         "No spike in 150 steps of the loss. `--step N` tells what moved before any step.\n"
@@ -84,8 +85,37 @@ def test_a_run_without_a_spike_says_so(tmp_path, capsys):
 def test_any_step_can_be_asked_for(run, capsys):
     assert main(["explain", str(run), "--step", "90"]) == 0
     told = capsys.readouterr().out
-    assert told.startswith("step 90: undecided")
-    assert "At step 90 the loss did not jump: " in told
+    assert told.startswith("step 90: no spike")
+    assert "No spike: at step 90 the loss was " in told
+    assert "why" not in told
+
+
+def test_a_step_within_a_spike_is_told_as_the_spike(tmp_path, capsys):
+    folder = trained(tmp_path / "long", steps=135, spoils=(SPIKE, SPIKE + 3))
+    assert main(["explain", str(folder), "--step", str(SPIKE + 2)]) == 0
+    assert capsys.readouterr().out.startswith(f"Step {SPIKE + 2} belongs to the spike at step {SPIKE}.")
+
+
+@pytest.mark.parametrize("steps", [5, 0])
+def test_too_few_steps_are_not_called_calm(steps, tmp_path, capsys):
+    trained(tmp_path / "short", steps=steps)
+    assert main(["explain", str(tmp_path / "short")]) == 0
+    assert capsys.readouterr().out.startswith("Too few steps to judge: a spike is seen against 16 steps before it")
+
+
+@pytest.mark.parametrize("step", [0, 3, 15])
+def test_an_early_loss_that_is_not_finite_is_told(step, tmp_path, capsys):
+    trained(tmp_path / "early", steps=40, breaks=step)
+    assert main(["explain", str(tmp_path / "early")]) == 0
+    assert f"The loss was not finite from step {step} on" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_loss_that_was_not_told_is_not_called_infinite(run, tmp_path, capsys):
+    trained(tmp_path / "untold", steps=60, tells=lambda step: step != 50)
+    assert main(["explain", str(tmp_path / "untold"), "--step", "50"]) == 0
+    assert "No spike: at step 50 the loss was not recorded; in the steps before, " in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_run_that_died_is_explained(tmp_path, capsys):
