@@ -28,7 +28,12 @@ WARMUP = 12  # steps; normscope keeps full arrays of its first samples, so they 
 
 
 class Watched(Bench):
-    """A model that something watches; `begin` puts it on, `after` is called after each step."""
+    """A model that something watches; `begin` puts it on, `after` is called after each step.
+
+    Steps whose index leaves `phase` when divided by `EVERY` are the sampled ones.
+    """
+
+    phase = 0
 
     def begin(self, folder):
         del folder
@@ -36,10 +41,12 @@ class Watched(Bench):
     def after(self, step):
         del step
 
-    def timed(self, step):
+    def timed(self, step, samples=None):
+        """Return the time of a step, of a few samples where it only leads to the next."""
+        x, y = self.x[:samples], self.y[: None if samples is None else samples * len(self.y) // len(self.x)]
         start = time.process_time()
         self.optimizer.zero_grad()
-        F.cross_entropy(self.model(self.x), self.y).backward()
+        F.cross_entropy(self.model(x), y).backward()
         self.optimizer.step()
         self.after(step)
         return time.process_time() - start
@@ -89,6 +96,8 @@ class TensorBoard(Watched):
 class Wandb(Watched):
     """`wandb.watch` of weights and gradients, offline."""
 
+    phase = EVERY - 1  # it counts from one
+
     def begin(self, folder):
         import wandb
 
@@ -130,15 +139,14 @@ def measure(name, way, rounds, folder):
     watched.begin(folder)
     pairs = {True: [], False: []}
     for step in tqdm(range(WARMUP * EVERY + rounds * EVERY), desc=f"{name}, {way.__name__}", leave=False, disable=None):
-        sampled = step % EVERY == 0
-        if not sampled and (step < WARMUP * EVERY or len(pairs[False]) >= rounds * 2):
-            watched.timed(step)
+        sampled = step % EVERY == watched.phase
+        if step < WARMUP * EVERY or (not sampled and len(pairs[False]) >= rounds * 2):
+            watched.timed(step, samples=2)
             continue
         times = {}
         for which in random.sample((plain, watched), 2):
             times[which] = which.timed(step)
-        if step >= WARMUP * EVERY:
-            pairs[sampled].append(times[watched] / times[plain])
+        pairs[sampled].append(times[watched] / times[plain])
     sampled, others = (statistics.median(pairs[kind]) for kind in (True, False))
     whole = sampled / EVERY + others * (1 - 1 / EVERY)
     return {"sampled step": sampled, "other step": others, "amortized": whole, "steps": len(pairs[True])}
