@@ -23,7 +23,7 @@ BEYOND, RECENT = 2.0, 50  # with `RISE`, as many times the largest of as many st
 # of a gradient norm, where no loss is known
 NORM_FAR, NORM_FOLD = 12.0, 10.0
 OUTSIDE = 0.1  # of its norm, by which a weight changes beyond its step
-RAISED = 1.5  # growth of a learning rate
+RAISED, STEEP = 1.5, 20.0  # growth of a learning rate; one that is the cause whatever else drifted
 STALE, STALE_STEPS = 2.3, 8  # RMS_t, and the steps before a spike in which it counts
 FEW = 0.2  # part of the tensors that moved which may have begun before what is taken for the cause
 GREW = 1.25  # growth of what makes queries and keys since it began to move
@@ -228,12 +228,13 @@ def _schedule(record: Record, spike: Spike, found: Window, moved: pd.DataFrame) 
     if not raised.to_numpy().any():
         return None
     since = onset.first(raised.any(axis=1))
-    if _before(moved, since) > FEW:
+    largest = float(recent.max().max())
+    steep = largest > STEEP and since >= spike.step - STALE_STEPS
+    if not steep and _before(moved, since) > FEW:
         return None
     groups = [str(name) for name in recent.columns[raised.any()]]
     some = len(groups) < found.rate.shape[1]
     sites = [site for site in map(str, moved.index) if not some or _group(record, site) in groups]
-    largest = float(recent.max().max())
     return since, tuple(sites), {"rate_growth": largest, "groups": len(groups), "of_groups": found.rate.shape[1]}
 
 
