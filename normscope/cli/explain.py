@@ -25,6 +25,7 @@ from normscope.diagnostics.words import count
 from normscope.figures.spikes import ONSETS, cells, raster
 from normscope.metrics import spikes, tables
 from normscope.metrics.onset import ONSET
+from normscope.report.live import tail
 
 _SHADES = " ░▒▓█"
 _PLAIN = " .:+#"
@@ -113,7 +114,7 @@ def _raster(frame: pd.DataFrame, account: spikes.Account, width: int) -> list[st
         cells = "".join(_shade(value, shades) for value in row)
         ahead = int(onsets[str(site)]) - account.spike.step
         share = "" if math.isnan(shares[str(site)]) else f"{shares[str(site)]:.0%}"
-        lines.append(f"{_tail(name, size):<{size}}  {cells}  {ahead:>+5d}  {share:>5}")
+        lines.append(f"{tail(name, size):<{size}}  {cells}  {ahead:>+5d}  {share:>5}")
     first, last = frame.columns[0], frame.columns[-1]
     legend = (
         f"steps {first} to {last}: v the spike, | where it began; {shades[1:]} up to {2 * ONSET:g} robust standard "
@@ -132,10 +133,6 @@ def _shade(value: float, shades: str) -> str:
         return " "
     level = min(value / (2 * ONSET), 1.0)
     return shades[math.ceil(level * (len(shades) - 1))]
-
-
-def _tail(name: str, width: int) -> str:
-    return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
 
 
 def _none(record: Record) -> str:

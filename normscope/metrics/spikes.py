@@ -111,13 +111,13 @@ def _jumps(series: pd.Series, of: str) -> tuple[pd.Series, np.ndarray]:
     if of == "loss":
         ahead = finite[::-1].rolling(LASTING, min_periods=LASTING).median()[::-1]
         stays = ((np.log(ahead) if logs else ahead) - middle) / spread
-        rise = np.minimum(finite, ahead) - before
-        jumps = (stays > STAYS) & (sigmas > STAYS) & (rise > np.maximum(RISE * start, (FOLD - 1) * before.abs()))
-        rise = finite - before
-        jumps |= (sigmas > FAR) & (rise > np.maximum(RISE * start, (FOLD - 1) * before.abs()))
+        rise, lasting = finite - before, np.minimum(finite, ahead) - before
+        some, much = (np.maximum(part * start, (FOLD - 1) * before.abs()) for part in (RISE, LOST))
         recent = finite.shift().rolling(RECENT, min_periods=MIN_HISTORY).max()
+        jumps = (stays > STAYS) & (sigmas > STAYS) & (lasting > some)
+        jumps |= (sigmas > FAR) & (rise > some)
+        jumps |= (sigmas > NEAR) & (rise > much)
         jumps |= logs & (finite > BEYOND * recent) & (rise > RISE * start)
-        jumps |= (sigmas > NEAR) & (rise > np.maximum(LOST * start, (FOLD - 1) * before.abs()))
     else:
         jumps = (sigmas > NORM_FAR) & (finite > NORM_FOLD * before)
     jumps |= ~np.isfinite(series)

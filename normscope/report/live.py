@@ -178,7 +178,7 @@ def _layers(record: Record, rows: int, style: Style) -> list[str]:
         columns["kappa50 of input"] = _bars([conditions.get(m, np.nan) for m in chosen], room, style.blocks)
     named, *others = ([head, *cells] for head, cells in columns.items())
     lines = [
-        f"{_tail(name, size):<{size}}  " + "  ".join(cells)
+        f"{tail(name, size):<{size}}  " + "  ".join(cells)
         for name, *cells in zip(named, *_padded(others, room), strict=True)
     ]
     return [line.rstrip() for line in lines]
@@ -217,6 +217,6 @@ def _cut(line: str, width: int) -> str:
     return line if len(line) <= width else line[: max(width - 1, 0)] + "…"
 
 
-def _tail(name: str, width: int) -> str:
-    """Keep the end of a name that is too long: it tells layers apart."""
+def tail(name: str, width: int) -> str:
+    """Keep the end of a name that is longer than some characters: it tells layers apart."""
     return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
