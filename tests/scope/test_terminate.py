@@ -4,12 +4,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+from weakref import WeakSet
 
+import pytest
 import torch
 from torch import nn
 
 import normscope as ns
 from normscope.metrics import tables
+from normscope.scope import terminate
 
 SCRIPT = """
 import sys, torch
@@ -25,6 +28,15 @@ for step in range(100_000):
     if step == 150:
         print("ready", flush=True)
 """
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """As in a process of its own: scopes that other tests left open do not count."""
+    monkeypatch.setattr(terminate, "_OPEN", WeakSet())
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_the_last_steps_are_written_and_the_process_ends(tmp_path):
@@ -59,14 +71,9 @@ def test_a_handler_of_the_user_stays(tmp_path):
         del number, frame
 
     signal.signal(signal.SIGTERM, mine)
-    try:
-        with attached(tmp_path / "a"):
-            assert signal.getsignal(signal.SIGTERM) is mine
+    with attached(tmp_path / "a"):
         assert signal.getsignal(signal.SIGTERM) is mine
-        with attached(tmp_path / "b"):
-            pass
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGTERM) is mine
 
 
 def test_one_that_comes_later_replaces_it_for_good(tmp_path):
@@ -76,4 +83,3 @@ def test_one_that_comes_later_replaces_it_for_good(tmp_path):
     with attached(tmp_path / "a"):
         signal.signal(signal.SIGTERM, mine)
     assert signal.getsignal(signal.SIGTERM) is mine
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
