@@ -30,6 +30,7 @@ _LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 _QUANTITIES = sum(len(stats) for _, stats in _LAYERS)
 _ABSENT = -1.0
+_PLAIN = (torch.Tensor, nn.Parameter)
 _LEAST = float(np.finfo(np.float32).tiny)
 _MOMENTS = ("exp_avg_sq", "square_avg")  # of the Adam family, of RMSprop
 
@@ -73,6 +74,7 @@ class Flight:
     ) -> None:
         """Start with nothing recorded; see the class."""
         self._optimizers, self._site = tuple(stepped), site
+        self._labels = {id(o): optimizers.label(o, self._optimizers) for o in self._optimizers}
         self._names = {id(parameter): name for name, parameter in named.items()}
         self._parts: dict[int, tuple[object, list[_Part]]] = {}
         self._rates: dict[int, dict[str, float]] = {}  # by step
@@ -83,7 +85,7 @@ class Flight:
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Note the learning rates and copy the weights that are looked at."""
         rates = self._rates.setdefault(step, {})
-        name = optimizers.label(optimizer, self._optimizers)
+        name = self._labels[id(optimizer)]
         rates |= {f"{name}/group{i}": _number(group.get("lr")) for i, group in enumerate(optimizer.param_groups)}
         held = [p for group in optimizer.param_groups for p in group["params"]]
         held = [p for p in held if id(p) in self._names and not is_lazy(p)]
@@ -93,18 +95,19 @@ class Flight:
             parts = self._divided(held)
             self._parts[id(optimizer)] = key, parts
         for part in parts:
-            torch._foreach_copy_(part.before, part.seen)
+            part.looked.copy(0, part.parameters)
+            part.gradients = None
 
     @torch.no_grad()
     def gradients(
-        self, optimizer: torch.optim.Optimizer, step: int, scale: torch.Tensor | None
+        self, optimizer: torch.optim.Optimizer, scale: torch.Tensor | None, known: Mapping[int, torch.Tensor]
     ) -> tuple[list[torch.Tensor], set[int]]:
         """Measure the gradients.
 
         Args:
             optimizer: the optimizer whose parameters they are of.
-            step: index of the step.
             scale: loss scale that a fused optimizer undoes itself, None where gradients are as they should be.
+            known: squared norms that were measured already, by id of the parameter, not divided by the scale.
 
         Returns:
             Squared norms of some gradients together, not divided by the scale, and the ids of the parameters that they
@@ -112,14 +115,20 @@ class Flight:
         """
         squares, covered = [], set()
         for part in self._mine(optimizer):
-            having = [i for i, p in enumerate(part.parameters) if p.grad is not None]
-            norms = part.norms([dense_values(g) for i in having if (g := part.parameters[i].grad) is not None])
-            if norms is not None:
-                square = norms.square()
-                squares.append((square if part.shares is None else square * part.shares[having]).sum())
-                covered |= {id(part.parameters[i]) for i in having}
-                norms = norms if scale is None else norms / scale.to(norms.device)
-            part.write(step, 0, having, norms)
+            having = [(i, g) for i, p in enumerate(part.parameters) if (g := p.grad) is not None]
+            if not having:
+                continue
+            columns, held = zip(*having, strict=True)
+            ids = [id(part.parameters[i]) for i in columns]
+            if part.shares is None and known.keys() >= set(ids):
+                norms = torch.stack([known[i] for i in ids]).sqrt_().float()
+            else:
+                tensors = [g if type(g) in _PLAIN and not g.is_sparse else dense_values(g) for g in held]
+                norms = torch.stack(torch._foreach_norm(tensors, 2, sum_dtype(tensors[0]))).float()
+            weighted = norms if part.shares is None else norms * part.shares[part.places(columns)]
+            squares.append(torch.dot(norms, weighted))
+            covered |= set(ids)
+            part.gradients = part.row(columns, norms if scale is None else norms / scale.to(norms.device))
         return squares, covered
 
     @torch.no_grad()
@@ -127,12 +136,12 @@ class Flight:
         """Measure what the step has changed, the weights, and how well second moments fit the gradients."""
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for part in self._mine(optimizer):
-            now, every = part.seen, range(len(part.parameters))
-            torch._foreach_sub_(part.before, now)
-            part.write(step, 2, every, part.norms(part.before))
-            part.write(step, 3, every, part.norms(now))
-            known = list(_second_moments(optimizer, part, groups))
-            part.write(step, 1, [item.column for item in known], _rms_t(part, known, scale))
+            part.looked.copy(1, part.parameters)
+            part.looked.both[0].sub_(part.looked.both[1])
+            sizes = part.looked.norms(0, 1)
+            gradients = part.absent if part.gradients is None else part.gradients
+            rms_t = part.row(*_rms_t(part, list(_second_moments(optimizer, part, groups)), scale))
+            torch.cat((gradients, rms_t, sizes), out=part.ring[step % RING].view(-1))
         self._done.setdefault(step, {})[id(optimizer)] = self._mine(optimizer)
 
     def waiting(self) -> list[torch.Tensor]:
@@ -191,9 +200,11 @@ class _Part:
         self.parameters, self.device = tuple(parameters), parameters[0].device
         self.layout = tuple((site, FLIGHT, role, stats) for site in sites for role, stats in _LAYERS)
         self.ring = torch.empty(RING, _QUANTITIES, len(parameters), device=self.device)
-        self.before = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in self.seen]
-        self.entries = np.array([max(x.numel(), 1) for x in self.before], float)
+        self.absent = torch.full((len(parameters),), _ABSENT, device=self.device)
+        self.looked = _Flat(parameters)  # weights before the step and after it; then gradients and second moments
+        self.gradients: torch.Tensor | None = None  # what the next row of the ring holds of them
         held = np.array([ranks.local(p).numel() for p in parameters], float)
+        self.entries = np.maximum([x.numel() for x in self.looked.places[0]], 1.0)
         self.stretch = np.sqrt(np.maximum(held, 1) / self.entries)
         shares, sizes = [ranks.share(p) for p in parameters], [max(p.numel(), 1) for p in parameters]
         self.weights = np.tile(np.array(shares), (_QUANTITIES, 1))
@@ -201,24 +212,15 @@ class _Part:
         sharded = any(ranks.is_sharded(p) for p in parameters)
         self.shares = torch.tensor(shares, device=self.device) if sharded else None
 
-    @property
-    def seen(self) -> list[torch.Tensor]:
-        """The rows of each tensor that are looked at."""
-        return [thin(p) for p in self.parameters]
+    def row(self, columns: Sequence[int], values: torch.Tensor | None) -> torch.Tensor:
+        """Return a row of the ring with values in some columns, and in the others that nothing was measured."""
+        if values is None or len(columns) == len(self.parameters):
+            return self.absent if values is None else values
+        return self.absent.index_copy(0, self.places(columns), values)
 
-    def norms(self, tensors: list[torch.Tensor]) -> torch.Tensor | None:
-        """Return the norms of some tensors, [n]; half precision is summed in float32."""
-        return torch.stack(torch._foreach_norm(tensors, 2, sum_dtype(tensors[0]))).float() if tensors else None
-
-    def write(self, step: int, quantity: int, columns: Sequence[int], values: torch.Tensor | None) -> None:
-        """Put values into some columns of a row, and into the others that nothing was measured."""
-        row = self.ring[step % RING, quantity]
-        if values is not None and len(columns) == len(row):
-            row.copy_(values)
-            return
-        row.fill_(_ABSENT)
-        if values is not None:
-            row[torch.tensor(columns, device=row.device)] = values
+    def places(self, columns: Sequence[int]) -> torch.Tensor:
+        """Return an index of columns on the device, without waiting for it."""
+        return torch.tensor(columns).to(self.device, non_blocking=True)
 
     def rows(self, steps: Sequence[int]) -> torch.Tensor:
         """Return the rows of some steps, [k, quantities, tensors]."""
@@ -232,8 +234,37 @@ class _Part:
         return rows.transpose(0, 2, 1).reshape(len(rows), -1)
 
 
+class _Flat:
+    """Two copies of what is looked at of some tensors, each in one piece: few operations serve all of them.
+
+    Half precision is kept in float32. Of a tensor beyond `SAMPLE` entries every k-th row (first index) is looked at.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        held = [ranks.local(x) for x in tensors]
+        self._strides = [max(-(-x.numel() // SAMPLE), 1) for x in held]
+        seen = [x[::stride] if stride > 1 else x for x, stride in zip(held, self._strides, strict=True)]
+        sizes = [x.numel() for x in seen]
+        self.both = torch.empty(2, sum(sizes), dtype=sum_dtype(held[0]) or held[0].dtype, device=held[0].device)
+        self.places = [
+            [place.view_as(x) for place, x in zip(flat.split(sizes), seen, strict=True)] for flat in self.both
+        ]
+
+    def copy(self, which: int, tensors: Sequence[torch.Tensor], columns: Sequence[int] | None = None) -> None:
+        """Fill the first (0) or second (1) copy, of all tensors or of those of some columns."""
+        chosen = range(len(self._strides)) if columns is None else columns
+        held = [x if type(x) in _PLAIN else ranks.local(x) for x in tensors]
+        seen = [x if self._strides[i] == 1 else x[:: self._strides[i]] for i, x in zip(chosen, held, strict=True)]
+        torch._foreach_copy_([self.places[which][i] for i in chosen], seen)
+
+    def norms(self, *which: int) -> torch.Tensor:
+        """Return the norm of each tensor in some of the copies, [copies * tensors]."""
+        places = [place for i in which for place in self.places[i]]
+        return torch.stack(torch._foreach_norm(places)).float()
+
+
 class _Moment(NamedTuple):
-    """A second moment: column of its tensor, the gradient and the moment where they are looked at, and its settings."""
+    """A second moment: column of its tensor, the gradient, the moment, and its settings."""
 
     column: int
     gradient: torch.Tensor
@@ -257,36 +288,47 @@ def _second_moments(
         betas = group.get("betas")
         beta = float(betas[1] if betas is not None else group.get("alpha", 0.0))
         small = max(float(group.get("eps", 0.0)) ** 2, _LEAST)
-        coarse = sum_dtype(moment) or moment.dtype
-        yield _Moment(i, thin(gradient), thin(moment).to(coarse), state["step"], beta, small)
+        yield _Moment(i, gradient, moment, state["step"], beta, small)
 
 
-def _rms_t(part: _Part, known: Sequence[_Moment], scale: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the norm of g / sqrt(max(v, eps^2)), freed of the moment's bias, of each tensor."""
+def _rms_t(
+    part: _Part, known: Sequence[_Moment], scale: torch.Tensor | None
+) -> tuple[Sequence[int], torch.Tensor | None]:
+    """Return the norm of g / sqrt(max(v, eps^2)), freed of the moment's bias, and the columns of the tensors."""
     if not known:
-        return None
-    roots = torch._foreach_clamp_min([item.moment for item in known], [item.least for item in known])
-    torch._foreach_rsqrt_(roots)
-    torch._foreach_mul_(roots, [item.gradient for item in known])
-    norms = part.norms(list(roots))
-    assert norms is not None  # there is one at least
+        return (), None
+    columns, least = [item.column for item in known], min(item.least for item in known)
+    part.looked.copy(0, [item.gradient for item in known], columns)
+    part.looked.copy(1, [item.moment for item in known], columns)
+    gradients, roots = part.looked.both
+    roots.clamp_min_(least)
+    for item in known:
+        if item.least > least:
+            part.looked.places[1][item.column].clamp_min_(item.least)
+    roots.rsqrt_().mul_(gradients)
+    norms = part.looked.norms(1)
+    norms = norms if len(known) == len(norms) else norms[part.places(columns)]
+    norms = norms * _bias(known).sqrt().to(part.device, non_blocking=True)
+    return columns, norms if scale is None else norms / scale.to(part.device)
+
+
+def _bias(known: Sequence[_Moment]) -> torch.Tensor:
+    """Return 1 - beta^t of each second moment, to its last digits, where its step is counted."""
+    rates = [math.log(item.beta) if item.beta > 0 else -math.inf for item in known]
+    if all(_is_here(item.step) for item in known):  # numbers: a dozen small operations cost more
+        return torch.tensor([-math.expm1(float(item.step) * rate) for item, rate in zip(known, rates, strict=True)])
     steps = torch.stack([torch.as_tensor(item.step, dtype=torch.float32) for item in known])
-    rates = torch.tensor([math.log(item.beta) if item.beta > 0 else -math.inf for item in known], device=steps.device)
-    bias = -torch.expm1(steps * rates)  # 1 - beta^t, to its last digits
-    norms = norms * bias.sqrt().to(part.device, non_blocking=True)
-    return norms if scale is None else norms / scale.to(part.device)
+    return -torch.expm1(steps * torch.tensor(rates).to(steps.device, non_blocking=True))
 
 
-def thin(x: torch.Tensor) -> torch.Tensor:
-    """Return every k-th row (first index) of a tensor, so that about `SAMPLE` entries are left; a view."""
-    x = ranks.local(x)
-    stride = -(-x.numel() // SAMPLE)
-    return x[::stride] if stride > 1 else x
+def _is_here(number: Any) -> bool:
+    """Tell whether a number can be read without waiting for a device."""
+    return not isinstance(number, torch.Tensor) or number.device.type == "cpu"
 
 
 def _number(rate: Any) -> float:
     """Return a learning rate; NaN where it would have to be fetched from a device."""
-    if isinstance(rate, torch.Tensor) and rate.device.type != "cpu":
+    if not _is_here(rate):
         return float("nan")
     try:
         return float(rate)

@@ -451,12 +451,11 @@ class Session:
 
     def _read_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         scale = getattr(optimizer, "grad_scale", None)  # set only while a fused optimizer undoes the scale itself
-        known: list[torch.Tensor] = []
-        covered: Collection[int] = ()
+        found: Mapping[int, torch.Tensor] = {}
         if self.active and "parameters" in self._probes:
             found = self._parameters.gradients(optimizer, scale, keeps_arrays(self._samples))
-            known, covered = list(found.values()), found
-        known, covered = self._fly(partial(self._flight.gradients, optimizer, self.step, scale)) or (known, covered)
+        seen = self._fly(partial(self._flight.gradients, optimizer, scale, found))
+        known, covered = seen or (list(found.values()), set(found))
         held = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
         grads = (p.grad for p in held if id(p) not in covered)
         squares = squared_norm(grads, known, self._parameters.weight)
