@@ -145,7 +145,7 @@ def why_unmeasured(tensor: torch.Tensor) -> str:
 
 
 def channeled(x: torch.Tensor, axis: int) -> Channeled:
-    """View a tensor as [N, C, S] or [rows, C], without a copy where its memory allows.
+    """View a tensor as [N, C, S] or [rows, C], without a copy where its memory allows: rows come in memory's order.
 
     Args:
         x: any strided tensor that is not empty.
@@ -159,6 +159,8 @@ def channeled(x: torch.Tensor, axis: int) -> Channeled:
     axis %= x.dim()
     channels = x.shape[axis]
     if axis == x.dim() - 1:
+        if not x.is_contiguous():  # as what attention returns, whose batch and time have changed places
+            x = x.permute(*sorted(range(axis), key=x.stride, reverse=True), axis)
         return Channeled(x.reshape(-1, channels), True, x.numel() // channels)
     if x.stride(axis) == 1 and not x.is_contiguous():
         return Channeled(x.movedim(axis, -1).reshape(-1, channels), True, x.numel() // channels)
