@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
-
-import numpy as np
 
 WINDOW = 128  # steps that a step is compared with
 MIN_HISTORY = 16  # steps below which nothing is compared
@@ -31,6 +30,7 @@ def robust_z(value: float, before: Iterable[float]) -> float:
     >>> round(robust_z(5.0, [1.0, 2.0, 3.0, 2.0, 2.5]), 2)
     4.05
     """
-    known = np.fromiter(before, float)
-    middle = float(np.median(known))
-    return (value - middle) / max(_SIGMA * float(np.median(np.abs(known - middle))), _LEAST)
+    known = sorted(before)
+    middle = statistics.median(known)
+    spread = _SIGMA * statistics.median(abs(x - middle) for x in known)
+    return (value - middle) / max(spread, _LEAST)
