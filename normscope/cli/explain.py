@@ -19,7 +19,7 @@ from normscope.core.errors import ArgumentError
 from normscope.core.reading import load
 from normscope.core.record import Record
 from normscope.core.robust import MIN_HISTORY
-from normscope.core.table import printable
+from normscope.core.table import can_print, printable
 from normscope.diagnostics.spikes import RULES, headline, story
 from normscope.diagnostics.words import count
 from normscope.figures.spikes import ONSETS, cells, raster
@@ -103,7 +103,7 @@ def _quiet(account: spikes.Account) -> str:
 
 def _raster(frame: pd.DataFrame, account: spikes.Account, width: int) -> list[str]:
     """Draw how far tensors lay above their usual range, a row a tensor, a character a step."""
-    shades = _SHADES if _blocks() else _PLAIN
+    shades = _SHADES if can_print(_SHADES) else _PLAIN
     names = [printable(str(site).replace("/", ".")) for site in frame.index]
     size = min(max(map(len, names)), _WIDEST)
     frame = frame.iloc[:, -max(width - size - 24, 20) :]
@@ -121,11 +121,6 @@ def _raster(frame: pd.DataFrame, account: spikes.Account, width: int) -> list[st
         "deviations above the usual range; onset in steps from the spike; share of the squared gradient at the onset"
     )
     return [*lines, "", *textwrap.wrap(legend, width)]
-
-
-def _blocks() -> bool:
-    """Tell whether the terminal knows block characters."""
-    return (sys.stdout.encoding or "ascii").lower().startswith("utf")
 
 
 def _shade(value: float, shades: str) -> str:

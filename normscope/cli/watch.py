@@ -18,7 +18,7 @@ from normscope.core.finding import Finding
 from normscope.core.reading import load
 from normscope.core.record import Record
 from normscope.core.store import FILE_NAME
-from normscope.core.table import printable
+from normscope.core.table import can_print, printable
 from normscope.diagnostics import diagnose
 from normscope.report.live import Style, live
 
@@ -129,7 +129,7 @@ def _frame(path: Path, record: Record, findings: Sequence[Finding], whole: bool)
         width=size.columns,
         height=None if whole or not terminal else size.lines,
         color=terminal and "NO_COLOR" not in os.environ,
-        blocks=_writes("█▁…"),
+        blocks=can_print("█▁…"),
     )
     return live(record, findings, _written(path), time.time(), style)
 
@@ -149,14 +149,6 @@ def _written(path: Path) -> float:
     file = path / FILE_NAME if path.is_dir() else path
     files = (file, file.with_name(f"{file.name}-wal"))
     return max((each.stat().st_mtime for each in files if each.exists()), default=time.time())
-
-
-def _writes(text: str) -> bool:
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except (UnicodeError, LookupError):
-        return False
-    return True
 
 
 def _seconds(text: str) -> float:

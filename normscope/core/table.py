@@ -67,6 +67,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def can_print(text: str) -> bool:
+    """Tell whether standard output has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeError, LookupError):
+        return False
+    return True
+
+
 def count(verdict: Verdict, n: int) -> str:
     """Say how many findings have a verdict.
 

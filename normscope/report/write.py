@@ -17,8 +17,6 @@ from normscope.report.page import page
 def write_report(record: Record, findings: Sequence[Finding], path: str | Path) -> Path:
     """Write the page that explains a record, and beside it the same as Markdown and the findings as JSON.
 
-    Fails like `write_texts`.
-
     Args:
         record: what was measured.
         findings: what is concluded from it.
@@ -27,7 +25,7 @@ def write_report(record: Record, findings: Sequence[Finding], path: str | Path) 
             the ending .json.
 
     Returns:
-        The path of the page.
+        The path of the page. Where it cannot be written, or its folder lies in none, that is a StoreError.
     """
     target = Path(path)
     target = target / "report.html" if target.is_dir() or not target.suffix else target

@@ -183,8 +183,8 @@ keeps everything. wandb.watch and TensorBoard keep histograms of weights and gra
 numbers of each output, gradient and weight; normscope keeps all it has without held batches. Processor time counts
 all threads of the process; what wandb does in its own process is not counted.
 
-These figures come from a machine that ran tests beside: steps that nothing had to do with, as those of TensorBoard
-between its histograms, came out between 0.97 and 1.0, so differences of 0.03 mean nothing.
+Steps that nothing had to do with, as those of TensorBoard between its histograms, came out between 0.98 and 1.02 on the
+machine that these figures come from: smaller differences mean nothing. Where the time goes: [parts.md](parts.md).
 
 ![Cost of a step](overhead.png)
 
