@@ -16,7 +16,9 @@ import torch
 
 import normscope as ns
 from normscope.core.store import Store
-from normscope.probes import attention, flight, hooks, moments, normalization, parameters, stream
+from normscope.probes import attention, covariance, flight, hooks, moments, normalization, parameters, stream, tails
+from normscope.probes.activations import Activations
+from normscope.probes.factors import Factors
 from normscope.scope.session import Session
 from tests.benchmarks.overhead import DENSE, MODELS, Bench
 
@@ -57,6 +59,9 @@ PARTS = {
         (parameters.Parameters, "gradients", weights),
         (parameters.Parameters, "after_step", weights),
     ],
+    "tails of activations and gradients": [(tails, "subsample", None), (tails, "reduce", None)],
+    "second moments of layers in turn": [(covariance, "observe", lambda x, _axis: size(x)), (Factors, "collect", None)],
+    "inputs of normalization layers": [(Activations, "_norm", None)],
     "attention": [(attention.Attention, "forward", None)],
     "rest of the module hooks": [(hooks._ForwardHook, "__call__", None), (hooks._GradientHook, "__call__", None)],
     "rest of the step hooks": [(Session, "before_step", None), (Session, "after_step", None)],
