@@ -2,7 +2,7 @@
 
 A ring of the last `RING` steps on each device, four float32 a tensor and step, filled by foreach kernels without
 synchronization and copied to the host in one go. Of a large tensor all but the gradient is estimated
-from a fixed sample of its rows.
+from a fixed sample of its entries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from normscope.core.store import Layer
 from normscope.probes import optimizers, ranks
 from normscope.probes.parameters import dense_values, sum_dtype
 
-SAMPLE = 1 << 14  # entries of a tensor that are looked at, in whole rows; the gradient's norm is always of all
+SAMPLE = 1 << 14  # entries of a tensor that are looked at, at most; the gradient's norm is always of all
+_LINE = 256  # of these lie beside each other
 # what the ring holds of a tensor, in this order
 _LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("gradient", ("norm", "rms_t")),
@@ -31,8 +32,10 @@ _LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 _QUANTITIES = sum(len(stats) for _, stats in _LAYERS)
 _ABSENT = -1.0
 _PLAIN = (torch.Tensor, nn.Parameter)
+_WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)  # others are kept in float32
 _LEAST = float(np.finfo(np.float32).tiny)
-_MOMENTS = ("exp_avg_sq", "square_avg")  # of the Adam family, of RMSprop
+_MOMENTS = ("exp_avg_sq", "square_avg")  # of the Adam family, of RMSprop and Adadelta
+_DECAYS = ("alpha", "rho")  # of the moment, where there are no betas
 
 
 class FlightStep(NamedTuple):
@@ -57,6 +60,8 @@ class Flight:
     Of each tensor: the norm of its gradient, as the optimizer gets it; the norms of what the step changes and of the
     weight after it; and RMS_t = sqrt(mean(g^2 / max(v, eps^2))), with v the optimizer's second moment after the step,
     freed of its bias: 1 where the moment fits the gradient, at most 1 / sqrt(1 - beta_2) where it is far too small.
+    Squares are summed in float32: norms beyond 1e19 are infinite, below 1e-22 zero. A tensor that cannot be copied is
+    left out.
 
     Source: wortsman2023stable, section 3.4.
 
@@ -76,7 +81,7 @@ class Flight:
         self._optimizers, self._site = tuple(stepped), site
         self._labels = {id(o): optimizers.label(o, self._optimizers) for o in self._optimizers}
         self._names = {id(parameter): name for name, parameter in named.items()}
-        self._parts: dict[int, tuple[object, list[_Part]]] = {}
+        self._parts: dict[int, tuple[object, list[tuple[_Part, _Flat]]]] = {}
         self._rates: dict[int, dict[str, float]] = {}  # by step
         self._done: dict[int, dict[int, list[_Part]]] = {}  # by step and optimizer
         self._leaving: dict[int, _Part] = {}
@@ -94,8 +99,8 @@ class Flight:
         if key != known:
             parts = self._divided(held)
             self._parts[id(optimizer)] = key, parts
-        for part in parts:
-            part.looked.copy(0, part.parameters)
+        for part, looked in parts:
+            looked.copy(0, part.parameters)
             part.gradients = None
 
     @torch.no_grad()
@@ -114,7 +119,7 @@ class Flight:
             are of.
         """
         squares, covered = [], set()
-        for part in self._mine(optimizer):
+        for part, _ in self._mine(optimizer):
             having = [(i, g) for i, p in enumerate(part.parameters) if (g := p.grad) is not None]
             if not having:
                 continue
@@ -132,17 +137,20 @@ class Flight:
         return squares, covered
 
     @torch.no_grad()
-    def after_step(self, optimizer: torch.optim.Optimizer, step: int, scale: torch.Tensor | None) -> None:
-        """Measure what the step has changed, the weights, and how well second moments fit the gradients."""
+    def after_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Measure what the step has changed, the weights, and how well second moments fit the gradients.
+
+        An optimizer that undoes a loss scale itself leaves gradients without it.
+        """
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        for part in self._mine(optimizer):
-            part.looked.copy(1, part.parameters)
-            part.looked.both[0].sub_(part.looked.both[1])
-            sizes = part.looked.norms(0, 1)
+        for part, looked in self._mine(optimizer):
+            looked.copy(1, part.parameters)
+            looked.both[0].sub_(looked.both[1])
+            sizes = looked.norms(0, 1)
             gradients = part.absent if part.gradients is None else part.gradients
-            rms_t = part.row(*_rms_t(part, list(_second_moments(optimizer, part, groups)), scale))
+            rms_t = part.row(*_rms_t(part, looked, list(_second_moments(optimizer, part, groups))))
             torch.cat((gradients, rms_t, sizes), out=part.ring[step % RING].view(-1))
-        self._done.setdefault(step, {})[id(optimizer)] = self._mine(optimizer)
+        self._done.setdefault(step, {})[id(optimizer)] = [part for part, _ in self._mine(optimizer)]
 
     def waiting(self) -> list[torch.Tensor]:
         """Return what was recorded since the last call of `taken`, on its devices."""
@@ -169,15 +177,21 @@ class Flight:
             found.append(FlightStep(step, tuple(layout), np.concatenate(numbers), np.concatenate(weights)))
         return found
 
-    def _mine(self, optimizer: torch.optim.Optimizer) -> list[_Part]:
+    def _mine(self, optimizer: torch.optim.Optimizer) -> list[tuple[_Part, _Flat]]:
         return self._parts.get(id(optimizer), (None, []))[1]
 
-    def _divided(self, held: Sequence[nn.Parameter]) -> list[_Part]:
+    @torch.inference_mode(False)  # what is made here is written into later
+    @torch.no_grad()
+    def _divided(self, held: Sequence[nn.Parameter]) -> list[tuple[_Part, _Flat]]:
         """Put parameters of one device and type together."""
         alike: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
-        for parameter in held:
+        for parameter in filter(_can_be_copied, held):
             alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-        return [_Part(some, [self._site(self._names[id(p)]) for p in some]) for some in alike.values()]
+        found = []
+        for some in alike.values():
+            looked = _Flat(some)
+            found.append((_Part(some, [self._site(self._names[id(p)]) for p in some], looked.sizes), looked))
+        return found
 
 
 def squares(steps: Sequence[FlightStep]) -> np.ndarray:
@@ -196,21 +210,20 @@ def rooted(steps: Sequence[FlightStep], sums: np.ndarray) -> list[FlightStep]:
 class _Part:
     """The tensors of one optimizer on one device and of one type, and their ring [RING, quantities, tensors]."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], sites: Sequence[str]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], sites: Sequence[str], looked: Sequence[int]) -> None:
         self.parameters, self.device = tuple(parameters), parameters[0].device
         self.layout = tuple((site, FLIGHT, role, stats) for site in sites for role, stats in _LAYERS)
-        self.ring = torch.empty(RING, _QUANTITIES, len(parameters), device=self.device)
-        self.absent = torch.full((len(parameters),), _ABSENT, device=self.device)
-        self.looked = _Flat(parameters)  # weights before the step and after it; then gradients and second moments
+        self.ring = torch.empty(RING, _QUANTITIES, len(parameters), dtype=torch.float32, device=self.device)
+        self.absent = torch.full((len(parameters),), _ABSENT, dtype=torch.float32, device=self.device)
         self.gradients: torch.Tensor | None = None  # what the next row of the ring holds of them
         held = np.array([ranks.local(p).numel() for p in parameters], float)
-        self.entries = np.maximum([x.numel() for x in self.looked.places[0]], 1.0)
+        self.entries = np.maximum(looked, 1.0)
         self.stretch = np.sqrt(np.maximum(held, 1) / self.entries)
         shares, sizes = [ranks.share(p) for p in parameters], [max(p.numel(), 1) for p in parameters]
         self.weights = np.tile(np.array(shares), (_QUANTITIES, 1))
         self.weights[1] *= held / np.array(sizes)  # a mean: of the parts of a tensor each counts as it is large
         sharded = any(ranks.is_sharded(p) for p in parameters)
-        self.shares = torch.tensor(shares, device=self.device) if sharded else None
+        self.shares = torch.tensor(shares, dtype=torch.float32, device=self.device) if sharded else None
 
     def row(self, columns: Sequence[int], values: torch.Tensor | None) -> torch.Tensor:
         """Return a row of the ring with values in some columns, and in the others that nothing was measured."""
@@ -237,24 +250,27 @@ class _Part:
 class _Flat:
     """Two copies of what is looked at of some tensors, each in one piece: few operations serve all of them.
 
-    Half precision is kept in float32. Of a tensor beyond `SAMPLE` entries every k-th row (first index) is looked at.
+    First of weights before a step and after it, then of gradients and second moments. Of a tensor beyond `SAMPLE`
+    entries every k-th line of `_LINE` of them is looked at, k odd; where its memory has another order than its
+    indices, every k-th row (first index). Half precision is kept in float32.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         held = [ranks.local(x) for x in tensors]
-        self._strides = [max(-(-x.numel() // SAMPLE), 1) for x in held]
-        seen = [x[::stride] if stride > 1 else x for x, stride in zip(held, self._strides, strict=True)]
-        sizes = [x.numel() for x in seen]
-        self.both = torch.empty(2, sum(sizes), dtype=sum_dtype(held[0]) or held[0].dtype, device=held[0].device)
+        self._strides = [_stride(x) for x in held]
+        seen = [_thin(x, stride) for x, stride in zip(held, self._strides, strict=True)]
+        self.sizes = [x.numel() for x in seen]
+        dtype = held[0].dtype if held[0].dtype in _WIDE else torch.float32
+        self.both = torch.empty(2, sum(self.sizes), dtype=dtype, device=held[0].device)
         self.places = [
-            [place.view_as(x) for place, x in zip(flat.split(sizes), seen, strict=True)] for flat in self.both
+            [place.view(x.shape) for place, x in zip(flat.split(self.sizes), seen, strict=True)] for flat in self.both
         ]
 
     def copy(self, which: int, tensors: Sequence[torch.Tensor], columns: Sequence[int] | None = None) -> None:
         """Fill the first (0) or second (1) copy, of all tensors or of those of some columns."""
         chosen = range(len(self._strides)) if columns is None else columns
         held = [x if type(x) in _PLAIN else ranks.local(x) for x in tensors]
-        seen = [x if self._strides[i] == 1 else x[:: self._strides[i]] for i, x in zip(chosen, held, strict=True)]
+        seen = [_thin(x, self._strides[i]) for i, x in zip(chosen, held, strict=True)]
         torch._foreach_copy_([self.places[which][i] for i in chosen], seen)
 
     def norms(self, *which: int) -> torch.Tensor:
@@ -279,46 +295,81 @@ def _second_moments(
 ) -> Iterator[_Moment]:
     for i, parameter in enumerate(part.parameters):
         state, gradient = optimizer.state.get(parameter), parameter.grad
-        if not state or gradient is None or gradient.is_sparse or gradient.is_complex():
+        if not isinstance(state, dict) or gradient is None or gradient.is_sparse or gradient.is_complex():
             continue
         moment = next((state[name] for name in _MOMENTS if isinstance(state.get(name), torch.Tensor)), None)
         if moment is None or moment.shape != parameter.shape or "step" not in state:
             continue
-        group = groups[id(parameter)]
-        betas = group.get("betas")
-        beta = float(betas[1] if betas is not None else group.get("alpha", 0.0))
-        small = max(float(group.get("eps", 0.0)) ** 2, _LEAST)
-        yield _Moment(i, gradient, moment, state["step"], beta, small)
+        if type(moment) in _PLAIN or ranks.is_sharded(moment):  # not one that is kept in eight bits
+            group = groups[id(parameter)]
+            betas: Sequence[Any] = group.get("betas") or ()
+            beta = betas[1] if len(betas) > 1 else next((group[name] for name in _DECAYS if name in group), None)
+            eps = _number(group.get("eps"))  # of some optimizers two numbers that mean another thing
+            small = max(eps**2, _LEAST) if eps == eps else _LEAST
+            yield _Moment(i, gradient, moment, state["step"], max(_number(beta), 0.0), small)
 
 
-def _rms_t(
-    part: _Part, known: Sequence[_Moment], scale: torch.Tensor | None
-) -> tuple[Sequence[int], torch.Tensor | None]:
+def _rms_t(part: _Part, looked: _Flat, known: Sequence[_Moment]) -> tuple[Sequence[int], torch.Tensor | None]:
     """Return the norm of g / sqrt(max(v, eps^2)), freed of the moment's bias, and the columns of the tensors."""
     if not known:
         return (), None
-    columns, least = [item.column for item in known], min(item.least for item in known)
-    part.looked.copy(0, [item.gradient for item in known], columns)
-    part.looked.copy(1, [item.moment for item in known], columns)
-    gradients, roots = part.looked.both
-    roots.clamp_min_(least)
-    for item in known:
-        if item.least > least:
-            part.looked.places[1][item.column].clamp_min_(item.least)
+    columns = [item.column for item in known]
+    looked.copy(0, [item.gradient for item in known], columns)
+    looked.copy(1, [item.moment for item in known], columns)
+    gradients, roots = looked.both
+    bias = _bias(known)
+    if isinstance(bias, torch.Tensor):
+        least = torch.tensor([item.least for item in known], dtype=torch.float32).to(part.device, non_blocking=True)
+        for column, floor in zip(columns, (least * bias).clamp_min_(_LEAST), strict=True):
+            looked.places[1][column].clamp_min_(floor)
+    else:
+        floors = [max(item.least * b, _LEAST) for item, b in zip(known, bias, strict=True)]
+        roots.clamp_min_(min(floors))
+        for column, floor in zip(columns, floors, strict=True):
+            if floor > min(floors):
+                looked.places[1][column].clamp_min_(floor)
+        bias = torch.tensor(bias, dtype=torch.float32).to(part.device, non_blocking=True)
     roots.rsqrt_().mul_(gradients)
-    norms = part.looked.norms(1)
+    norms = looked.norms(1)
     norms = norms if len(known) == len(norms) else norms[part.places(columns)]
-    norms = norms * _bias(known).sqrt().to(part.device, non_blocking=True)
-    return columns, norms if scale is None else norms / scale.to(part.device)
+    return columns, norms * bias.sqrt()
 
 
-def _bias(known: Sequence[_Moment]) -> torch.Tensor:
-    """Return 1 - beta^t of each second moment, to its last digits, where its step is counted."""
+def _bias(known: Sequence[_Moment]) -> torch.Tensor | list[float]:
+    """Return 1 - beta^t of each second moment, to its last digits: numbers, or on the device that counts the steps."""
     rates = [math.log(item.beta) if item.beta > 0 else -math.inf for item in known]
     if all(_is_here(item.step) for item in known):  # numbers: a dozen small operations cost more
-        return torch.tensor([-math.expm1(float(item.step) * rate) for item, rate in zip(known, rates, strict=True)])
-    steps = torch.stack([torch.as_tensor(item.step, dtype=torch.float32) for item in known])
-    return -torch.expm1(steps * torch.tensor(rates).to(steps.device, non_blocking=True))
+        return [-math.expm1(float(item.step) * rate) for item, rate in zip(known, rates, strict=True)]
+    device = next(item.moment.device for item in known)
+    steps = torch.stack([torch.as_tensor(item.step, dtype=torch.float32, device=device) for item in known])
+    return -torch.expm1(steps * torch.tensor(rates, dtype=torch.float32).to(device, non_blocking=True))
+
+
+def _stride(x: torch.Tensor) -> int:
+    """Return how many lines lie between two that are looked at; 1 for all of a tensor, negative for its rows."""
+    if x.numel() <= SAMPLE:
+        return 1
+    stride = -(-x.numel() // SAMPLE)
+    return stride | 1 if x.is_contiguous() else -stride
+
+
+def _thin(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """Return what is looked at of a tensor, a view where its memory allows."""
+    if stride == 1:
+        return x
+    if stride < 0:
+        return x[::-stride]
+    x = x if x.is_contiguous() else x.contiguous()  # a gradient whose memory has another order
+    return x.as_strided((-(-(x.numel() // _LINE) // stride), _LINE), (stride * _LINE, 1))
+
+
+def _can_be_copied(x: torch.Tensor) -> bool:
+    """Tell whether a tensor has values that can be read, whatever its class and layout."""
+    try:
+        _Flat([x]).copy(0, [x])
+    except Exception:  # of classes that others have written
+        return False
+    return not x.is_meta
 
 
 def _is_here(number: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -87,12 +87,41 @@ class _ForwardHook(_Hook):
                 self.watcher.on_forward(self.name, module, args, kwargs[0] if kwargs else {}, output)
 
 
+class _Calls:
+    """Calls of an optimizer's `step` inside one another, as where it calls that of its base class: one step."""
+
+    def __init__(self) -> None:
+        self._running: list[FrameType] = []  # of torch's wrapper around `step`, outermost first
+
+    def begins(self, frame: FrameType) -> bool:
+        """Tell whether a call is no part of another; one that ended with an error is none any more."""
+        if self._running:
+            outside, callers = frame.f_back, set()
+            while outside is not None:
+                callers.add(outside)
+                outside = outside.f_back
+            self._running = [known for known in self._running if known in callers]
+        self._running.append(frame)
+        return len(self._running) == 1
+
+    def ends(self, frame: FrameType) -> bool:
+        """Tell whether the outermost call has ended."""
+        if not self._running or self._running[0] is not frame:
+            return False
+        self._running = []
+        return True
+
+
 class _StepHook(_Hook):
-    def __init__(self, report: Callable[[torch.optim.Optimizer, bool], None]) -> None:
-        self.report = report
+    def __init__(
+        self,
+        report: Callable[[torch.optim.Optimizer, bool], None],
+        counts: Callable[[FrameType], bool],
+    ) -> None:
+        self.report, self.counts = report, counts
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.counts(sys._getframe(1)):
             closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
             with _outside_modes():
                 self.report(optimizer, closure is not None)
@@ -173,8 +202,9 @@ class Hooks:
                 hook = _ForwardHook(watcher, name, module)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
             for optimizer in optimizers:
-                self._handles.append(optimizer.register_step_pre_hook(_StepHook(watcher.before_step)))
-                self._handles.append(optimizer.register_step_post_hook(_StepHook(watcher.after_step)))
+                calls = _Calls()
+                self._handles.append(optimizer.register_step_pre_hook(_StepHook(watcher.before_step, calls.begins)))
+                self._handles.append(optimizer.register_step_post_hook(_StepHook(watcher.after_step, calls.ends)))
         except BaseException:
             self.remove()
             raise

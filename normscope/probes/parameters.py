@@ -241,8 +241,16 @@ class Parameters:
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the model's parameters by dotted name: a tied one under its first name, integers (quantized) left out."""
-    return {name: p for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
+    """Return the model's parameters by dotted name: a tied one under its first name.
+
+    Left out is what cannot be measured: integers (quantized), eight-bit numbers, sparse ones, those without values.
+    """
+    return {name: p for name, p in model.named_parameters() if is_lazy(p) or _is_measured(p)}
+
+
+def _is_measured(p: torch.Tensor) -> bool:
+    numbers = (p.is_floating_point() and p.dtype.itemsize > 1) or p.is_complex()
+    return numbers and p.layout is torch.strided and not p.is_meta
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

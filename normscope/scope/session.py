@@ -199,8 +199,7 @@ class Session:
         try:
             if has_closure:
                 self._read_gradients(optimizer)
-            scale = getattr(optimizer, "grad_scale", None)
-            self._fly(partial(self._flight.after_step, optimizer, self.step, scale))
+            self._fly(partial(self._flight.after_step, optimizer, self.step))
             if self.active and "parameters" in self._probes:
                 self._parameters.after_step(optimizer)
         except Exception as error:  # the run goes on
@@ -256,8 +255,8 @@ class Session:
     def flush(self) -> None:
         """Write what waits; a full disk is reported once and tried again at the next sampled step."""
         rows, self._rows = list(self._rows.values()), {}
-        flying = together.on_host(rows, self._fly(self._flight.waiting) or ())
-        flown, self._flown = [*self._flown, *(self._fly(partial(self._flight.taken, flying)) or ())], []
+        flying = together.on_host(rows, self._land(self._flight.waiting) or ())
+        flown, self._flown = [*self._flown, *(self._land(partial(self._flight.taken, flying)) or ())], []
         if not self.writes:
             self.store.drop_waiting()
             return
@@ -393,8 +392,8 @@ class Session:
     def _exchange(self, offers: Sequence[tuple[str, str, Any, Any]], *, ends: bool = False) -> None:
         """Replace what this rank has, each with key, kind, container and place in it, by what all ranks have."""
         sharded = self._parameters.sharded and self._together.size > 1
-        flying = to_host(self._fly(self._flight.waiting) or []) if sharded else []
-        taken = (self._fly(partial(self._flight.taken, flying)) or []) if sharded else []
+        flying = to_host(self._land(self._flight.waiting) or []) if sharded else []
+        taken = (self._land(partial(self._flight.taken, flying)) or []) if sharded else []
         sums: list[np.ndarray | None] = [flight.squares(taken)]
         offers = [*offers, ("flight", "sum", sums, 0)] if sharded else offers
         items = [Item(key, kind, held[place]) for key, kind, held, place in offers]
@@ -519,11 +518,14 @@ class Session:
 
     def _fly(self, act: Callable[[], T]) -> T | None:
         """Let the flight recorder do something, if it is on."""
-        if "flight" in self._probes:
-            try:
-                return act()
-            except Exception as error:  # the run goes on
-                self.fail("flight", "", error)
+        return self._land(act) if "flight" in self._probes else None
+
+    def _land(self, act: Callable[[], T]) -> T | None:
+        """Let the flight recorder hand over what it has, also once it was switched off."""
+        try:
+            return act()
+        except Exception as error:  # the run goes on
+            self.fail("flight", "", error)
         return None
 
     def _write(self, step: int, row: summary.Row) -> None:
