@@ -276,7 +276,10 @@ def gain_decay(record: Record) -> list[Finding]:
     if not len(frame):
         return []
     drift = (frame["last_max"] / frame["first_max"]).replace([np.inf, -np.inf], np.nan)
-    span = f"the largest |gain| went from {frame['first_max'].max():.3g} to {frame['last_max'].max():.3g}"
+    first, last = frame["first_max"].max(), frame["last_max"].max()
+    span = (
+        f"the largest |gain| went from {first:.3g} to {last:.3g}" if np.isfinite(last) else "gains are not finite now"
+    )
     evidence = _numbers(parameters=len(sites), drift_least=drift.min(), drift_most=drift.max())
     if not sites:
         return GAIN_DECAY.ok(

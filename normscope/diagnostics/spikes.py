@@ -62,10 +62,11 @@ OVERFLOW = Rule(
     threshold=0.0,
     threshold_source="identity: number of gradients that are not finite",
     source="micikevicius2018",
-    cause="A number left the range of its type in the backward pass, or was divided by zero there, while nothing had "
-    "grown before.",
-    remedy="Go back to a checkpoint before that step; leave out steps whose gradient norm is not finite, as "
-    "torch.amp.GradScaler does; compute that layer in float32 or bfloat16; add an eps to divisions, logs and roots.",
+    cause="A number left the range of its type or was divided by zero, while nothing had grown before: in the backward "
+    "pass where the loss was finite, else in the forward pass or in the batch itself.",
+    remedy="Look at the batch of that step; go back to a checkpoint before it; leave out steps whose gradient norm is "
+    "not finite, as torch.amp.GradScaler does; compute that layer in float32 or bfloat16; add an eps to divisions, "
+    "logs and roots.",
 )
 OUTSIDE = Rule(
     id="spikes.outside",
