@@ -31,6 +31,7 @@ _SHADES = " ░▒▓█"
 _PLAIN = " .:+#"
 _WIDEST = 34  # characters of a tensor's name
 _PICTURES = (".png", ".pdf", ".svg")
+_FACTS = ("overflow", "outside", "schedule")  # what happened, whether the loss jumped or not
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +99,8 @@ def _quiet(account: spikes.Account) -> str:
     """Say what moved before a step that is no spike."""
     if account.evidence.get("recorded_steps") == 0:
         return "Too few of the steps before it are in the record; the probe 'flight' keeps them."
-    return f"{count(len(account.moved), 'tensor')} had moved by then."
+    moved = f"{count(len(account.moved), 'tensor')} had moved by then."
+    return f"{moved} {story(account)}" if account.kind in _FACTS else moved
 
 
 def _raster(frame: pd.DataFrame, account: spikes.Account, width: int) -> list[str]:

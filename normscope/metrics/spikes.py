@@ -223,7 +223,7 @@ def _outside(record: Record, spike: Spike, found: Window, moved: pd.DataFrame) -
 def _schedule(record: Record, spike: Spike, found: Window, moved: pd.DataFrame) -> Shown | None:
     """Tell whether the learning rate rose before anything moved."""
     ratio = found.rate / found.rate.loc[found.base].median()
-    recent = ratio.loc[spike.step - BEFORE : spike.step - 1]
+    recent = ratio.loc[spike.step - BEFORE : spike.step - 1 if spike.found else spike.step]
     raised = recent > RAISED
     if not raised.to_numpy().any():
         return None

@@ -82,6 +82,21 @@ def test_a_run_without_a_spike_says_so(tmp_path, capsys):
     assert "spikes.undecided" in [f.id for f in ns.diagnose(ns.load(tmp_path / "a")) if f.verdict is ns.Verdict.OK]
 
 
+def test_a_raised_rate_is_told_of_a_step_without_a_spike(tmp_path, capsys):
+    model = nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with ns.attach(model, optimizer, run=tmp_path / "a", probes=("parameters", "flight")):
+        for step in range(90):
+            optimizer.param_groups[0]["lr"] = 3e-3 if step >= 80 else 1e-3
+            optimizer.zero_grad()
+            model(torch.randn(64, 8)).square().mean().backward()
+            optimizer.step()
+    assert main(["explain", str(tmp_path / "a"), "--step", "80"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.startswith("step 80: no spike")
+    assert "The learning rate had been raised to 3 times what it was, from step 80 on" in told
+
+
 def test_any_step_can_be_asked_for(run, capsys):
     assert main(["explain", str(run), "--step", "90"]) == 0
     told = capsys.readouterr().out
