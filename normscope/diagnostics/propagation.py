@@ -100,6 +100,11 @@ NON_FINITE = Rule(
     remedy="Look at this layer's input at this step; lower the learning rate or clip gradients if they grew before, "
     "add an eps to divisions and logs, and keep normalization and softmax in float32.",
 )
+_FROM_BATCH = {
+    "cause": "It is the first layer: the batch of this step held it already, or the layer's weights do.",
+    "remedy": "Look for NaN and infinity in the inputs of this step and in what makes them, as missing values or a "
+    "standard deviation of zero, and leave such samples out.",
+}
 OUTLIER_CHANNELS = Rule(
     id="propagation.outlier-channels",
     threshold=OUTLIER,
@@ -449,6 +454,7 @@ def _broken(record: Record, first: int, places: pd.DataFrame, steps: int) -> lis
                 "steps": steps,
                 "role": what,
             },
+            **(_FROM_BATCH if what == "output" and str(where["site"]) == _entry(record) else {}),
         )
     sampled, broke = record.steps, run.ending(record) is not None
     before, after = sampled[sampled < first], sampled[sampled > first]
@@ -462,6 +468,12 @@ def _broken(record: Record, first: int, places: pd.DataFrame, steps: int) -> lis
         | ({"sampled_after": int(after[0])} if len(after) else {}),
         remedy=f"Restart from a checkpoint before step {first} with attach(every=1) to see the layer where it begins.",
     )
+
+
+def _entry(record: Record) -> str:
+    """Return the output of the layer that runs first, whose input no other layer has made."""
+    outputs = record.sites[record.sites["slot"].astype(str).str.startswith("output")]
+    return str(outputs.sort_values("order")["site"].iloc[0]) if len(outputs) else ""
 
 
 def _overflowed(places: pd.DataFrame) -> list[Finding]:

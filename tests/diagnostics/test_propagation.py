@@ -238,6 +238,14 @@ def test_the_step_and_the_site_of_a_nan(role):
     assert "Step 37" in found.message
 
 
+@pytest.mark.parametrize(
+    ("site", "told"), [("l0.linear/output", "batch of this step"), ("l3.linear/output", "overflow")]
+)
+def test_what_breaks_in_the_first_layer_came_with_the_batch(site, told):
+    found = only(propagation.non_finite(broken(37, site=site, role="value").record()))
+    assert told in found.cause
+
+
 def test_a_nan_between_samples_has_a_step_and_a_bracket():
     found = only(propagation.non_finite(broken(37, every=10).record()))
     assert (found.verdict, found.site, found.step) == (UNDECIDED, "", 37)
