@@ -369,7 +369,7 @@ class Activations:
                 self._places[name, call, "input"] = Place(site, axis, None)
                 attributes = {"module": name, "call": call, "slot": "input", "class": class_name(module)}
                 self._on_site(site, attributes | {"shape": list(x.shape), "channels": state.shape[-1]})
-            self._turns.expect(Site(name, call))
+            self._turns.expect(Site(name, call), state.shape[-1])
             current.add(site, "value", "covariance", state)
             patched = self._turns.patches_of(module, x)
             if patched is not None:

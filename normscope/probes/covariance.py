@@ -11,6 +11,7 @@ too: their second moment is the factor of K-FAC proper, with a feature for each 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -186,9 +187,10 @@ def spectra(state: np.ndarray, factor: float = 1.0) -> Spectra:
             arrays[name] = values * factor**2
         return Spectra(scalars, arrays)
     floor = _FLOOR if state.ndim == 3 else _SAMPLES_FLOOR
-    for name, matrix in _matrices(state).items():
-        arrays[name] = values = _eigenvalues(matrix) * factor**2
-        scalars |= {f"{name}.{key}": value for key, value in _numbers(values, width, floor).items()}
+    found = {name: _eigenvalues(matrix) * factor**2 for name, matrix in _matrices(state)}
+    for name in ("moment", "covariance"):
+        arrays[name] = found[name]
+        scalars |= {f"{name}.{key}": value for key, value in _numbers(found[name], width, floor).items()}
     return Spectra(scalars, arrays)
 
 
@@ -219,15 +221,24 @@ def holds_matrix(state: np.ndarray, widest: int) -> bool:
     return int(state.shape[-1]) <= min(widest, WIDEST)
 
 
-def _matrices(state: np.ndarray) -> dict[str, np.ndarray]:
-    """Return matrices with the eigenvalues that are not zero for lack of samples: of samples those of X X^T / m."""
+def _matrices(state: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield matrices with the eigenvalues that are not zero for lack of samples: of samples those of X X^T / m.
+
+    One at a time, each to be used before the next is asked for: of a thousand features each takes 8 MB.
+    """
     if state.ndim == 2:
         x = state.astype(np.float64)
-        centered = x - x.mean(0)
-        return {"moment": x @ x.T / len(x), "covariance": centered @ centered.T / len(x)}
-    scatter, mean = state[0, :-2].astype(np.float64), state[0, -2].astype(np.float64)
-    covariance = scatter / state[0, -1, 0]
-    return {"moment": covariance + np.outer(mean, mean), "covariance": covariance}
+        for name in ("moment", "covariance"):
+            matrix = x @ x.T
+            matrix /= len(x)
+            yield name, matrix
+            x -= x.mean(0)
+        return
+    matrix, mean = state[0, :-2].astype(np.float64), state[0, -2].astype(np.float64)
+    matrix /= state[0, -1, 0]
+    yield "covariance", matrix
+    matrix += np.outer(mean, mean)
+    yield "moment", matrix
 
 
 def _eigenvalues(matrix: np.ndarray) -> np.ndarray:

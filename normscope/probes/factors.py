@@ -26,6 +26,7 @@ from normscope.probes.summary import Row
 
 PERIOD = 50  # steps from one measurement of a layer to the next
 FEWEST = 5  # turns at least, where few steps are sampled: so no step pays for more than a fifth of the layers
+MOST_HELD = 1 << 24  # bytes of states beyond which layers wait for their turn, at the first of the sampled steps
 MOST_CORRELATED = 256  # features of which correlations are kept, on request
 
 MOST_LAST = 10_000  # rows whose arrays wait for the end of the run; the oldest are given up
@@ -42,10 +43,14 @@ class Factors:
         mean: whether the loss is a mean over the batch, whose 1/N is undone in gradients.
         correlations: whether the correlations of inputs are kept with their eigenvalues.
         patches: whether the patches that convolutions see are measured beside their inputs.
+        most: bytes of states, about, that the first sampled step may hold; all layers are measured at it otherwise.
     """
 
-    def __init__(self, every: int, mean: bool, correlations: bool, patches: bool = False) -> None:
+    def __init__(
+        self, every: int, mean: bool, correlations: bool, patches: bool = False, most: float = math.inf
+    ) -> None:
         """Start with nothing measured; see the class."""
+        self._most, self._held = most, 0
         self._turns = max(FEWEST, math.ceil(PERIOD / every))
         self._mean, self._correlations, self._patches = mean, correlations, patches
         self._turn: dict[str, int] = {}
@@ -67,7 +72,7 @@ class Factors:
         if not covariance.is_measured(module):
             return False
         turn = self._turn.setdefault(name, len(self._turn) % self._turns)
-        return self._now is None or turn == self._now
+        return turn == self._now if self._now is not None else self._held < self._most
 
     def patches_of(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """Return the state of the patches of a convolution's input, None where they are not measured."""
@@ -75,9 +80,13 @@ class Factors:
             return None
         return covariance.observe(covariance.patches(cast(_ConvNd, module), x.detach()), -1)
 
-    def expect(self, where: Site) -> None:
-        """Note that the gradient of an output is measured at this step."""
+    def expect(self, where: Site, width: int) -> None:
+        """Note that the gradient of an output is measured at this step, and the features of the input.
+
+        What both may hold is counted by these, not by the samples, so that all ranks come to the same.
+        """
         self._expected.add(str(where))
+        self._held += 2 * 4 * min(width, covariance.WIDEST) ** 2
 
     def expects(self, site: str) -> bool:
         """Tell whether the gradient of an output is measured at this step."""
@@ -94,7 +103,7 @@ class Factors:
             batch: samples of the step, of which the loss is the mean; None where unknown: then all rows are samples.
             scale: loss scale by which gradients are divided.
         """
-        states = [(site, role, state.astype(np.float32)) for site, role, state in found]
+        states = [(site, role, state.astype(np.float32, copy=False)) for site, role, state in found]
         self._fresh = True
         self._jobs.submit(self._now, partial(self._take, step, states, batch, scale))
 

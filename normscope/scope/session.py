@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from normscope.norms.recognize import NormParts
 from normscope.probes import flight, hooks, layout, optimizers, ranks, structure, summary, tokens
 from normscope.probes.activations import Activations, Measured, on_host
 from normscope.probes.attention import Attention
-from normscope.probes.factors import Factors
+from normscope.probes.factors import MOST_HELD, Factors
 from normscope.probes.flight import Flight, FlightStep
 from normscope.probes.joining import Item
 from normscope.probes.normalization import MAX_CHANNELS, Normalization
@@ -101,7 +102,8 @@ class Session:
         self._norms, self._optimizers, self._named = norms, tuple(stepped), named
         self._probes = set(probes)
         self._mean = reduction == "mean"
-        self._factors = Factors(every, self._mean, "correlation" in self._probes, "patches" in self._probes)
+        asked = ("correlation" in self._probes, "patches" in self._probes)
+        self._factors = Factors(every, self._mean, *asked, most=MOST_HELD if stepped else math.inf)
         self._activations = Activations(
             norms, self._probes, self._factors, self._on_site, self.fail, self._begin_backward
         )
