@@ -324,9 +324,10 @@ def _rms_t(part: _Part, looked: _Flat, known: Sequence[_Moment]) -> tuple[Sequen
             looked.places[1][column].clamp_min_(floor)
     else:
         floors = [max(item.least * b, _LEAST) for item, b in zip(known, bias, strict=True)]
-        roots.clamp_min_(min(floors))
+        lowest = min(floors)
+        roots.clamp_min_(lowest)
         for column, floor in zip(columns, floors, strict=True):
-            if floor > min(floors):
+            if floor > lowest:
                 looked.places[1][column].clamp_min_(floor)
         bias = torch.tensor(bias, dtype=torch.float32).to(part.device, non_blocking=True)
     roots.rsqrt_().mul_(gradients)
