@@ -343,6 +343,23 @@ def test_layers_take_turns_after_the_first_sampled_step():
     assert max(later.count(step) for step in later) == 5
 
 
+def test_the_first_sampled_step_of_a_run_holds_a_bounded_number_of_layers(monkeypatch):
+    monkeypatch.setattr("normscope.scope.session.MOST_HELD", 3 * 2 * 4 * 8**2)
+    layers = [layer for _ in range(7) for layer in (nn.Linear(8, 8), nn.Tanh())]
+    model, x = nn.Sequential(*layers), torch.randn(16, 8, generator=GENERATOR)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with ns.attach(model, optimizer, every=10, probes="covariance") as scope:
+        for _ in range(51):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    steps = scope.record().wide("moment.max", slot="input").notna()
+    assert steps.loc[0].tolist() == [True] * 3 + [False] * 4
+    assert steps.loc[10:50].sum().tolist() == [1] * 7
+    looked = ns.examine(model, lambda out, y: (out - y).square().mean(), [(x, x)], probes="covariance")
+    assert looked.wide("moment.max", slot="input").notna().to_numpy().all()
+
+
 def test_full_eigenvalues_are_kept_and_the_last_ones_written_at_the_end():
     torch.manual_seed(0)
     model, data = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)), batch((40, 6))

@@ -50,8 +50,19 @@ def test_the_view_of_ordinary_memory_is_no_copy():
         (torch.ones(3, 4, 5, 6), 1),
         (torch.ones(3, 4, 5, 6).to(memory_format=torch.channels_last), 1),
         (torch.ones(3, 4, 5), -1),
+        (torch.ones(4, 3, 5).transpose(0, 1), -1),
+        (torch.ones(2, 3, 4, 5).permute(2, 0, 1, 3), -1),
     ):
         assert layout.channeled(x, axis).x.data_ptr() == x.data_ptr()
+
+
+def test_rows_whose_dimensions_have_changed_places_are_all_there():
+    x = torch.arange(120.0).reshape(2, 3, 4, 5)
+    for turned in (x.permute(2, 0, 1, 3), x.permute(1, 2, 0, 3), x[:, ::2].transpose(0, 1), x[:1].expand(3, 3, 4, 5)):
+        view = layout.channeled(turned, -1)
+        assert view.rows
+        assert view.count == turned.numel() // 5
+        assert torch.equal(view.x.sort(0).values, turned.reshape(-1, 5).sort(0).values)
 
 
 @pytest.mark.parametrize(
