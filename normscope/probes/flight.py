@@ -378,11 +378,11 @@ def _is_here(number: Any) -> bool:
     return not isinstance(number, torch.Tensor) or number.device.type == "cpu"
 
 
-def _number(rate: Any) -> float:
-    """Return a learning rate; NaN where it would have to be fetched from a device."""
-    if not _is_here(rate):
+def _number(setting: Any) -> float:
+    """Return a setting of an optimizer; NaN where it is no number, or would have to be fetched from a device."""
+    if not _is_here(setting):
         return float("nan")
     try:
-        return float(rate)
+        return float(setting)
     except (TypeError, ValueError):
         return float("nan")
