@@ -41,12 +41,8 @@ def weights(_self, optimizer, *_rest):
     return size(*held(optimizer))
 
 
-def thinned(part):
-    return size(*part.looked.places[0])
-
-
 def looked(self, optimizer, *_rest):
-    return sum(map(thinned, self._mine(optimizer)))
+    return sum(size(flat.both[0]) for _, flat in self._mine(optimizer))
 
 
 # part -> (owner, function, bytes that it has to read, by its arguments, or None)
